@@ -1,0 +1,1 @@
+"""Prefect flows: a release from checkpoint to promotion."""

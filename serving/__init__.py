@@ -1,0 +1,1 @@
+"""The engines behind one HTTP contract, and how they are launched and staged."""

@@ -1,0 +1,146 @@
+"""A recipe: one TOML file that says how a release is made. Every setting that changes the result is here, none elsewhere.
+
+Paths in a recipe are relative to the recipe's own folder. An unknown key is an error, never ignored.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from lightship.errors import RecipeError
+
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Method = Literal["absmax", "mse", "gptq"]
+T = TypeVar("T", bound="Section")
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every part of a recipe."""
+
+
+class TextSource(Section, frozen=True, kw_only=True):
+    """One scene of text: JSON lines with `text`, or `messages` for the model's chat template."""
+
+    scene: str
+    path: str
+
+
+class Quantization(Section, frozen=True, kw_only=True):
+    """How the routed experts' weights become int4."""
+
+    method: Method = "gptq"
+    signed_scales: bool = True
+    """Let a group's scale be negative, so that its largest weight can use the -8 end of int4."""
+    damping: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.01
+    """GPTQ adds this fraction of the Hessian's mean diagonal to its diagonal."""
+
+
+class CalibrationText(Section, frozen=True, kw_only=True):
+    """The text that the source model reads before quantization."""
+
+    sources: Annotated[list[TextSource], msgspec.Meta(min_length=1)]
+    tokens_per_scene: Positive = 16384
+    sequence_tokens: Positive = 512
+
+
+class Serving(Section, frozen=True, kw_only=True):
+    """How the checkpoint is launched."""
+
+    engine: Literal["local"] = "local"
+    tp: Positive = 1
+    activations: Literal["dynamic", "static"] = "dynamic"
+    ready_seconds: Positive = 120
+    """Give up when the server is not ready by then."""
+
+
+class AccuracyTask(Section, frozen=True, kw_only=True):
+    """The questions and how many of them."""
+
+    questions: str
+    """A directory with test.jsonl and validation.jsonl in MMLU-Pro's schema."""
+    limit: Positive | None = None
+    """Ask this many, drawn evenly from the categories; all if absent."""
+    seed: int = 0
+    max_tokens: Positive = 2048
+    concurrency: Positive = 8
+
+
+class FidelityText(Section, frozen=True, kw_only=True):
+    """Held-out text on which source and quantized model are compared token by token."""
+
+    sources: Annotated[list[TextSource], msgspec.Meta(min_length=1)]
+    tokens_per_scene: Positive = 4096
+    sequence_tokens: Positive = 512
+
+
+class ThroughputLoad(Section, frozen=True, kw_only=True):
+    """The load under which the two servers are timed."""
+
+    concurrencies: Annotated[list[Positive], msgspec.Meta(min_length=1)] = msgspec.field(default_factory=lambda: [1, 8])
+    requests: Positive = 16
+    """Timed requests a server and concurrency, in turns between the servers."""
+    warmup_requests: Positive = 2
+    prompt_tokens: Positive = 256
+    output_tokens: Positive = 32
+
+
+class Gate(Section, frozen=True, kw_only=True):
+    """What a release must meet to be promoted; an absent rule does not apply."""
+
+    accuracy_loss: Fraction | None = None
+    """The 95 % upper bound of the accuracy loss must stay under this fraction; fails when the lower bound is above it."""
+    kl: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    truncated: Fraction | None = None
+    unparsed: Fraction | None = None
+    experts_shrink: Fraction | None = None
+    throughput_ratio: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    """Queries a minute over the source's, at the highest concurrency."""
+
+
+class Recipe(Section, frozen=True, kw_only=True):
+    """Everything that decides what a release is, apart from its source."""
+
+    model: str
+    """The registered model's name."""
+    quantization: Quantization = Quantization()
+    calibration: CalibrationText
+    serving: Serving = Serving()
+    accuracy: AccuracyTask
+    fidelity: FidelityText
+    throughput: ThroughputLoad = ThroughputLoad()
+    gate: Gate = Gate()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe and make its paths absolute.
+
+    Raises:
+        RecipeError: the file is missing, not TOML, has an unknown key, or a value out of its range.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"the recipe {path} does not exist; recipes/ holds the shipped ones") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"the recipe {path} is not TOML: {error}") from error
+    try:
+        return msgspec.convert(_with_absolute_paths(table, path.resolve().parent), Recipe)
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"the recipe {path}: {error}; docs/recipes.md lists every key") from error
+
+
+def _with_absolute_paths(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {
+            k: os.path.normpath(folder / v)
+            if k in ("path", "questions") and isinstance(v, str)
+            else _with_absolute_paths(v, folder)
+            for k, v in value.items()
+        }
+    if isinstance(value, list):
+        return [_with_absolute_paths(v, folder) for v in value]
+    return value

@@ -1,0 +1,300 @@
+"""The records of a release: what each stage hands to the next, immutable, and JSON on disk.
+
+    Checkpoint -> Plan -> Calibration -> Quantized -> Verification -> Staged -> Accuracy -> Fidelity -> Throughput
+               -> Comparison -> Verdict -> Promoted
+
+Units: bytes, seconds, milliseconds where the name says so; fractions (accuracy, agreement, errors) are 0 to 1.
+"""
+
+from typing import Literal
+
+import msgspec
+
+Action = Literal["int4", "fp8", "keep"]
+Decision = Literal["pass", "fail", "inconclusive"]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every record."""
+
+
+class PlannedTensor(Record, frozen=True, kw_only=True):
+    """One tensor of the source: what becomes of it and what it then weighs, its new scales included."""
+
+    name: str
+    action: Action
+    dtype: str
+    shape: list[int]
+    bytes_before: int
+    bytes_after: int
+
+
+class Plan(Record, frozen=True, kw_only=True):
+    """What quantization will do to every tensor."""
+
+    source: str
+    tensors: list[PlannedTensor]
+    expert_layers: list[str]
+    tensor_parallel: list[int]
+    """Degrees at which the result can be served."""
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(t.bytes_before for t in self.tensors)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(t.bytes_after for t in self.tensors)
+
+    @property
+    def experts_before(self) -> int:
+        return sum(t.bytes_before for t in self.tensors if t.action == "int4")
+
+    @property
+    def experts_after(self) -> int:
+        return sum(t.bytes_after for t in self.tensors if t.action == "int4")
+
+    @property
+    def experts_shrink(self) -> float:
+        """The fraction of the routed experts' bytes that is saved."""
+        return 1 - self.experts_after / self.experts_before
+
+
+class LayerCalibration(Record, frozen=True, kw_only=True):
+    """What one layer's experts saw: absolute maxima of their inputs and of their intermediates, tokens an expert."""
+
+    layer_name: str
+    w13_amax: float
+    w2_amax: float
+    w13_input_scale: float
+    w2_input_scale: float
+    """Input scales are amax / 448 rounded up to bf16, one for all experts of the layer."""
+    expert_tokens: dict[str, list[int]]
+    """Scene -> tokens routed to each expert."""
+
+    def tokens_of_experts(self) -> list[int]:
+        return [sum(counts) for counts in zip(*self.expert_tokens.values(), strict=True)]
+
+
+class Calibration(Record, frozen=True, kw_only=True):
+    """Statistics of the calibration text, run through the source model."""
+
+    text_digest: str
+    tokens: dict[str, int]
+    """Scene -> tokens."""
+    layers: list[LayerCalibration]
+    seconds: float
+
+
+class LayerError(Record, frozen=True, kw_only=True):
+    """Relative squared error ||w - w'||² / ||w||² of a layer's experts after rounding."""
+
+    layer_name: str
+    w13: float
+    w2: float
+
+
+class Quantized(Record, frozen=True, kw_only=True):
+    """A written W4AFP8 checkpoint."""
+
+    path: str
+    method: str
+    manifest_digest: str
+    bytes_total: int
+    experts_without_tokens: list[str]
+    """Experts that calibration never reached, rounded without a Hessian: `model.layers.3.mlp.experts.7`."""
+    seconds: float
+
+
+class Check(Record, frozen=True, kw_only=True):
+    """One question asked of a written checkpoint, and its answer."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class Verification(Record, frozen=True, kw_only=True):
+    """Whether a checkpoint is what SGLang's loader needs it to be."""
+
+    path: str
+    checks: list[Check]
+    layers: list[LayerError]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+class Staged(Record, frozen=True, kw_only=True):
+    """A served checkpoint: what was launched, from which manifest, and that it answered."""
+
+    engine: str
+    base_url: str
+    command: list[str]
+    tensor_parallel: int
+    manifest_digest: str
+    ready_seconds: float
+    greeting: str
+    """The text of the first greedy completion."""
+
+
+class AnsweredQuestion(Record, frozen=True, kw_only=True):
+    """One question of an evaluation and the model's answer to it."""
+
+    question_id: str
+    category: str
+    answer: str
+    predicted: str | None
+    """The extracted letter; None if no answer could be read from the text."""
+    correct: bool
+    truncated: bool
+    """The text was cut by the token limit."""
+    text: str
+
+
+class Accuracy(Record, frozen=True, kw_only=True):
+    """lm-eval's result on a set of questions, with every answer."""
+
+    task: str
+    answers: list[AnsweredQuestion]
+    overrides: dict[str, str]
+    """Settings that differ from the stock task's."""
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        return sum(a.correct for a in self.answers) / len(self.answers)
+
+    @property
+    def truncated(self) -> float:
+        return sum(a.truncated for a in self.answers) / len(self.answers)
+
+    @property
+    def unparsed(self) -> float:
+        return sum(a.predicted is None for a in self.answers) / len(self.answers)
+
+    def by_category(self) -> dict[str, tuple[int, int]]:
+        """Category -> (correct, asked)."""
+        counts: dict[str, tuple[int, int]] = {}
+        for a in self.answers:
+            correct, asked = counts.get(a.category, (0, 0))
+            counts[a.category] = (correct + a.correct, asked + 1)
+        return dict(sorted(counts.items()))
+
+
+class SceneFidelity(Record, frozen=True, kw_only=True):
+    """How close the quantized model's next-token distributions are to the source's on one scene's held-out text."""
+
+    scene: str
+    tokens: int
+    kl: float
+    """Mean KL(source || quantized) a token, in nats."""
+    top1_agreement: float
+    perplexity_source: float
+    perplexity_quantized: float
+
+
+class Fidelity(Record, frozen=True, kw_only=True):
+    """Same-model measures on held-out text."""
+
+    scenes: list[SceneFidelity]
+    seconds: float
+
+    @property
+    def kl(self) -> float:
+        """Mean over all tokens."""
+        return sum(s.kl * s.tokens for s in self.scenes) / sum(s.tokens for s in self.scenes)
+
+    @property
+    def top1_agreement(self) -> float:
+        return sum(s.top1_agreement * s.tokens for s in self.scenes) / sum(s.tokens for s in self.scenes)
+
+
+class Percentiles(Record, frozen=True, kw_only=True):
+    """Of a latency, in milliseconds."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+class Load(Record, frozen=True, kw_only=True):
+    """One server under one fixed concurrency."""
+
+    server: Literal["source", "quantized"]
+    concurrency: int
+    requests: int
+    errors: int
+    seconds: float
+    queries_per_minute: float
+    output_tokens_per_second: float
+    time_to_first_token_ms: Percentiles
+    time_per_output_token_ms: Percentiles
+
+
+class Throughput(Record, frozen=True, kw_only=True):
+    """Source and quantized servers under the same requests, measured in turns in one run."""
+
+    prompt_tokens: int
+    output_tokens: int
+    loads: list[Load]
+    machine: str
+
+    def ratio(self, concurrency: int) -> float:
+        """Queries a minute of the quantized server over the source's."""
+        return self.load("quantized", concurrency).queries_per_minute / self.load(
+            "source", concurrency
+        ).queries_per_minute
+
+    def load(self, server: str, concurrency: int) -> Load:
+        return next(x for x in self.loads if x.server == server and x.concurrency == concurrency)
+
+    @property
+    def concurrencies(self) -> list[int]:
+        return sorted({x.concurrency for x in self.loads})
+
+
+class Comparison(Record, frozen=True, kw_only=True):
+    """Two models' answers to the same questions, paired."""
+
+    questions: int
+    source_accuracy: float
+    quantized_accuracy: float
+    lost: list[str]
+    """Ids of questions that only the source answers correctly."""
+    gained: list[str]
+    loss: float
+    """Source accuracy minus quantized accuracy: positive is worse."""
+    loss_low: float
+    loss_high: float
+    """95 % confidence interval of the loss."""
+    p_value: float
+    """Exact McNemar test that lost and gained are equally likely."""
+
+
+class RuleResult(Record, frozen=True, kw_only=True):
+    """One rule of the gate, applied."""
+
+    rule: str
+    decision: Decision
+    value: str
+    limit: str
+    explanation: str
+
+
+class Verdict(Record, frozen=True, kw_only=True):
+    """The gate's decision and the reason for each part of it."""
+
+    decision: Decision
+    rules: list[RuleResult]
+
+
+class Promoted(Record, frozen=True, kw_only=True):
+    """The registered model version that now carries the alias `champion`."""
+
+    model: str
+    version: str
+    alias: str
+    manifest_digest: str
+    previous_version: str | None
