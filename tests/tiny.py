@@ -1,4 +1,4 @@
-"""Tiny random checkpoints in the released format, for tests: DeepSeek-V3's architecture, FP8 blocks, a byte tokenizer."""
+"""Tiny random checkpoints in the released format: DeepSeek-V3's architecture, FP8 blocks, a byte tokenizer."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,9 @@ def write_fp8_checkpoint(path: Path, *, seed: int = 0, shards: int = 2, **sizes:
         else:
             tensors[name] = tensor.bfloat16()
     names = sorted(tensors)
-    weight_map = {n: f"model-{i * shards // len(names) + 1:05d}-of-{shards:05d}.safetensors" for i, n in enumerate(names)}
+    weight_map = {
+        n: f"model-{i * shards // len(names) + 1:05d}-of-{shards:05d}.safetensors" for i, n in enumerate(names)
+    }
     for shard in sorted(set(weight_map.values())):
         chosen = {n: tensors[n].contiguous() for n in names if weight_map[n] == shard}
         save_file(chosen, path / shard, metadata={"format": "pt"})

@@ -91,7 +91,9 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} has no usable tokenizer ({error}); copy the release's tokenizer files") from error
+        raise CheckpointError(
+            f"{path} has no usable tokenizer ({error}); copy the release's tokenizer files"
+        ) from error
 
 
 def _load_unquantized(model: Any, reader: TensorReader, dtype: torch.dtype) -> None:

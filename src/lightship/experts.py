@@ -166,13 +166,17 @@ class W4AFP8Experts(RoutedExperts):
         def gate_above_up(part: str) -> torch.Tensor:
             return torch.stack(
                 [
-                    torch.cat([reader.read_finite(f"{n}.{p}.{part}", shard, slice(None)) for p in ("gate_proj", "up_proj")])
+                    torch.cat(
+                        [reader.read_finite(f"{n}.{p}.{part}", shard, slice(None)) for p in ("gate_proj", "up_proj")]
+                    )
                     for n in names
                 ]
             )
 
         def largest(*inputs: str) -> torch.Tensor:
-            return torch.stack([reader.read_finite(f"{n}.{w}.input_scale").float() for n in names for w in inputs]).max()
+            return torch.stack(
+                [reader.read_finite(f"{n}.{w}.input_scale").float() for n in names for w in inputs]
+            ).max()
 
         down = "{}.down_proj.{}"
         return cls(
@@ -239,7 +243,9 @@ class FP8Experts(RoutedExperts):
         def gate_above_up(part: str, rows: slice) -> torch.Tensor:
             return torch.stack(
                 [
-                    torch.cat([reader.read_finite(f"{n}.{p}.{part}", rows, slice(None)) for p in ("gate_proj", "up_proj")])
+                    torch.cat(
+                        [reader.read_finite(f"{n}.{p}.{part}", rows, slice(None)) for p in ("gate_proj", "up_proj")]
+                    )
                     for n in names
                 ]
             )

@@ -243,9 +243,9 @@ class Throughput(Record, frozen=True, kw_only=True):
 
     def ratio(self, concurrency: int) -> float:
         """Queries a minute of the quantized server over the source's."""
-        return self.load("quantized", concurrency).queries_per_minute / self.load(
-            "source", concurrency
-        ).queries_per_minute
+        return (
+            self.load("quantized", concurrency).queries_per_minute / self.load("source", concurrency).queries_per_minute
+        )
 
     def load(self, server: str, concurrency: int) -> Load:
         return next(x for x in self.loads if x.server == server and x.concurrency == concurrency)

@@ -22,9 +22,7 @@ def digest_of_text(sources: Sequence[TextSource]) -> str:
     return digest_of([[source.scene, digest_of_file(_existing(source))] for source in sources])
 
 
-def read_sequences(
-    source: TextSource, tokenizer: Any, tokens: int, sequence_tokens: int
-) -> "list[torch.Tensor]":
+def read_sequences(source: TextSource, tokenizer: Any, tokens: int, sequence_tokens: int) -> "list[torch.Tensor]":
     """Tokenize a scene, document after document, into int64 sequences [sequence_tokens] until `tokens` are reached.
 
     Documents are joined with the tokenizer's end-of-sequence token; `messages` go through its chat template.

@@ -27,7 +27,8 @@ def pack_int4(q_OI: torch.Tensor) -> torch.Tensor:
     Returns:
         int8 [out, in / 2], two's complement nibbles.
     """
-    assert q_OI.dtype == torch.int8 and q_OI.shape[-1] % 2 == 0
+    assert q_OI.dtype == torch.int8
+    assert q_OI.shape[-1] % 2 == 0
     low, high = q_OI[..., 0::2], q_OI[..., 1::2]
     return (high << 4) | (low & 0x0F)
 
@@ -60,7 +61,7 @@ def dequantize_fp8_blocks(
 
 
 def quantize_fp8_blocks(w_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [out, in] -> (e4m3 [out, in], fp32 scales [ceil(out / 128), ceil(in / 128)]), as DeepSeek releases them."""
+    """Weights [out, in] -> (e4m3 [out, in], fp32 scales [ceil(out / 128), ceil(in / 128)]), DeepSeek's format."""
     out_features, in_features = w_OI.shape
     padded = torch.nn.functional.pad(w_OI.float(), (0, -in_features % GROUP, 0, -out_features % GROUP))
     blocks = padded.unflatten(0, (-1, GROUP)).unflatten(-1, (-1, GROUP))

@@ -1,0 +1,56 @@
+# Every target does its own set-up from nothing. PYTHON picks the interpreter (3.11 or newer); PIP_ARGS is handed to pip,
+# for instance an index that has CPU builds of torch.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+HOME_DIR ?= lightship-home
+
+export HF_HUB_OFFLINE = 1
+export OMP_WAIT_POLICY = PASSIVE
+export MLFLOW_DISABLE_TELEMETRY = true
+export PREFECT_SERVER_ANALYTICS_ENABLED = false
+export DO_NOT_TRACK = 1
+
+.PHONY: demo test check bench clean help
+
+help:
+	@echo "make demo    release the embedded MoE model on this CPU: quantize, verify, evaluate, benchmark, judge, promote"
+	@echo "make test    run the tests"
+	@echo "make check   lint, format, types, packaging"
+	@echo "make bench   rerun the committed benchmarks"
+	@echo "make clean   remove the environment, builds and caches; releases in $(HOME_DIR) stay"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "==> setting up $(VENV): about two minutes on a fresh machine"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "    torch"
+	@$(BIN)/python -m pip install -qq $(PIP_ARGS) -c constraints.txt torch
+	@echo "    lightship and everything that it, its tests and its checks need"
+	@$(BIN)/python -m pip install -qq $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed
+	@echo "==> releasing the embedded model, see recipes/demo.toml"
+	@$(BIN)/lightship release demo/checkpoint --recipe recipes/demo.toml --home $(HOME_DIR)
+
+test: $(VENV)/installed
+	@echo "==> testing"
+	@$(BIN)/python -m pytest -m "not gpu"
+
+check: $(VENV)/installed
+	@echo "==> lint"
+	@$(BIN)/ruff check .
+	@echo "==> format"
+	@$(BIN)/ruff format --check .
+	@echo "==> types, of the installed package"
+	@$(BIN)/mypy -p lightship
+	@echo "==> packaging"
+	@$(BIN)/python -m pytest -q tests/test_packaging.py
+
+bench: $(VENV)/installed
+	@echo "==> rounding methods side by side on the embedded model"
+	@$(BIN)/python benchmarks/rounding.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

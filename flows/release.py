@@ -1,0 +1,214 @@
+"""A release, from a checkpoint to a promoted model: one call a stage, in order.
+
+    lightship release demo/checkpoint --recipe recipes/demo.toml
+
+Runs with Prefect's ephemeral server, or against PREFECT_API_URL. Each task is a thin wrapper around a function that works
+without Prefect; a stage whose record exists is read, not run.
+"""
+
+from pathlib import Path
+
+from lightship.flows.servers import Servers
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from lightship import summary
+from lightship.errors import LightshipError
+from lightship.progress import tracked
+from lightship.records import (
+    Accuracy,
+    Calibration,
+    Comparison,
+    Fidelity,
+    Plan,
+    Promoted,
+    Quantized,
+    Staged,
+    Throughput,
+    Verdict,
+    Verification,
+)
+from lightship.release import Release, StageDone
+from lightship.tracking import Tracker
+
+
+@flow(name="release", flow_run_name="release-{source}", validate_parameters=False)
+def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
+    """Release the checkpoint directory `source` by the recipe file `recipe`; everything is kept in `home`.
+
+    Returns:
+        The release id. The records, the checkpoint and report.html are in HOME/releases/<id>.
+
+    Raises:
+        LightshipError: bad input, a failed verification, a server that does not get ready. A verdict that is not `pass` is
+            not an error: the release stays `challenger`.
+    """
+    work = Release.open(Path(source), Path(recipe), Path(home))
+    tracker = Tracker.connect(work.home)
+    run = tracker.run_of(work.release_id, f"{work.recipe.model}-{work.release_id}")
+    run.log_release(work)
+
+    def announce(stage: StageDone) -> None:
+        note = "done before" if stage.cached else f"{stage.seconds:.1f} s"
+        print(f"  {stage.name:<17} {summary.sentence(stage.record)}  ({note})", flush=True)
+        run.log_stage(stage, work.directory)
+
+    work.on_stage = announce
+    print(f"release {work.release_id} of {source} by {recipe}", flush=True)
+    with work.locked(), run.closed_at_end():
+        plan = plan_tensors(work)
+        calibration = calibrate_source(work)
+        quantized = quantize_experts(work, plan, calibration)
+        verification = verify_checkpoint(work)
+        tracker.register(run.run_id, work.recipe.model, work.release_id, work.checkpoint_dir, quantized.manifest_digest)
+        with Servers(work) as servers:
+            staged = stage_checkpoint(work, servers, quantized)
+            before = evaluate_source(work, servers)
+            after = evaluate_quantized(work, servers)
+            throughput = benchmark_both(work, servers)
+        fidelity = measure_fidelity(work)
+        comparison = compare_answers(work, before, after)
+        verdict = decide(work, plan, verification, comparison, after, fidelity, throughput)
+        promoted = promote_champion(work, tracker) if promote and verdict.decision == "pass" else None
+        write_report(
+            work,
+            plan,
+            calibration,
+            quantized,
+            verification,
+            staged,
+            before,
+            after,
+            comparison,
+            fidelity,
+            throughput,
+            verdict,
+        )
+        run.log_file(work.directory / "report.html")
+        run.tag("lightship.verdict", verdict.decision)
+        run.tag("lightship.promoted", promoted.version if promoted else "no")
+    if not work.ran:
+        print("every stage was done before; no work was repeated", flush=True)
+    return work.release_id
+
+
+@task(cache_policy=NO_CACHE)
+def plan_tensors(work: Release) -> Plan:
+    from lightship.quant.plan import plan_quantization
+
+    return work.stage("plan", Plan, lambda: plan_quantization(work.source))
+
+
+@task(cache_policy=NO_CACHE)
+def calibrate_source(work: Release) -> Calibration:
+    from lightship.quant.calibrate import calibrate
+
+    def run() -> Calibration:
+        return calibrate(work.source.path, work.recipe.calibration, work.directory, tracked)
+
+    return work.stage("calibration", Calibration, run)
+
+
+@task(cache_policy=NO_CACHE)
+def quantize_experts(work: Release, plan: Plan, calibration: Calibration) -> Quantized:
+    from lightship.quant.quantize import quantize
+
+    def run() -> Quantized:
+        return quantize(
+            work.source, plan, calibration, work.directory, work.recipe.quantization, work.checkpoint_dir, tracked
+        )
+
+    return work.stage("quantized", Quantized, run)
+
+
+@task(cache_policy=NO_CACHE)
+def verify_checkpoint(work: Release) -> Verification:
+    from lightship.quant.verify import verify
+
+    verification = work.stage("verification", Verification, lambda: verify(work.checkpoint_dir, work.source.path))
+    if not verification.passed:
+        raise LightshipError(f"the checkpoint is not servable: {summary.sentence(verification)}")
+    return verification
+
+
+@task(cache_policy=NO_CACHE)
+def stage_checkpoint(work: Release, servers: Servers, quantized: Quantized) -> Staged:
+    return work.stage("staged", Staged, lambda: servers.stage(quantized))
+
+
+@task(cache_policy=NO_CACHE)
+def evaluate_source(work: Release, servers: Servers) -> Accuracy:
+    from lightship.eval.accuracy import evaluate
+
+    def run() -> Accuracy:
+        return evaluate(servers.source, work.recipe.accuracy, work.source_directory)
+
+    return work.stage("source-accuracy", Accuracy, run, work.source_directory)
+
+
+@task(cache_policy=NO_CACHE)
+def evaluate_quantized(work: Release, servers: Servers) -> Accuracy:
+    from lightship.eval.accuracy import evaluate
+
+    return work.stage("accuracy", Accuracy, lambda: evaluate(servers.quantized, work.recipe.accuracy, work.directory))
+
+
+@task(cache_policy=NO_CACHE)
+def benchmark_both(work: Release, servers: Servers) -> Throughput:
+    from lightship.eval.throughput import benchmark, read_prompts
+
+    def run() -> Throughput:
+        prompts = read_prompts(work.recipe.throughput, work.recipe.fidelity.sources, work.source.path)
+        return benchmark({"source": servers.source, "quantized": servers.quantized}, work.recipe.throughput, prompts)
+
+    return work.stage("throughput", Throughput, run)
+
+
+@task(cache_policy=NO_CACHE)
+def measure_fidelity(work: Release) -> Fidelity:
+    from lightship.eval.fidelity import measure_fidelity as measure
+
+    def run() -> Fidelity:
+        return measure(work.source.path, work.checkpoint_dir, work.recipe.fidelity)
+
+    return work.stage("fidelity", Fidelity, run)
+
+
+@task(cache_policy=NO_CACHE)
+def compare_answers(work: Release, before: Accuracy, after: Accuracy) -> Comparison:
+    from lightship.eval.comparison import compare
+
+    return work.stage("comparison", Comparison, lambda: compare(before, after))
+
+
+@task(cache_policy=NO_CACHE)
+def decide(
+    work: Release,
+    plan: Plan,
+    verification: Verification,
+    comparison: Comparison,
+    after: Accuracy,
+    fidelity: Fidelity,
+    throughput: Throughput,
+) -> Verdict:
+    from lightship.eval import gate
+
+    def run() -> Verdict:
+        return gate.decide(
+            work.recipe.gate,
+            plan=plan,
+            verification=verification,
+            comparison=comparison,
+            quantized=after,
+            fidelity=fidelity,
+            throughput=throughput,
+        )
+
+    return work.stage("verdict", Verdict, run)
+
+
+@task(cache_policy=NO_CACHE)
+def promote_champion(work: Release, tracker: Tracker) -> Promoted:
+    from lightship.promotion import promote
+
+    return work.stage("promoted", Promoted, lambda: promote(work.directory, work.recipe.model, tracker))

@@ -1,0 +1,53 @@
+"""The rounding methods and their one interface: a float weight, and perhaps its Hessian, to int4 and group scales."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from lightship.recipe import Quantization
+from lightship.w4afp8 import GROUP, INT4_MAX, INT4_MIN
+
+
+class Int4Weight(NamedTuple):
+    """q_OI int8 [out, in] in [-8, 7] and scale_OG bf16 [out, in / 128]: w_OI is about q_OI * scale_OG."""
+
+    q_OI: torch.Tensor
+    scale_OG: torch.Tensor
+
+
+Rounding = Callable[[torch.Tensor, torch.Tensor | None], Int4Weight]
+"""(w_OI float32 [out, in], hessian_II float32 [in, in] = sum of x xᵀ over the inputs seen, or None) -> Int4Weight."""
+
+
+def rounding_for(settings: Quantization) -> Rounding:
+    """The method that a recipe asks for."""
+    from lightship.quant.absmax import round_absmax
+    from lightship.quant.gptq import round_gptq
+    from lightship.quant.mse import round_mse
+
+    match settings.method:
+        case "absmax":
+            return round_absmax
+        case "mse":
+            return partial(round_mse, signed=settings.signed_scales)
+        case "gptq":
+            return partial(round_gptq, signed=settings.signed_scales, damping=settings.damping)
+
+
+def round_with_scales(w_OI: torch.Tensor, scale_OG: torch.Tensor) -> Int4Weight:
+    """Nearest int4 at given scales."""
+    q_OGg = (w_OI.unflatten(-1, (-1, GROUP)) / scale_OG.float()[..., None]).round().clamp(INT4_MIN, INT4_MAX)
+    return Int4Weight(q_OGg.flatten(-2).to(torch.int8), scale_OG)
+
+
+def group_amax(w_OI: torch.Tensor) -> torch.Tensor:
+    """Absolute maximum of each group [out, in / 128], at least 1e-12 so that a group of zeros has a scale."""
+    return w_OI.unflatten(-1, (-1, GROUP)).abs().amax(dim=-1).clamp_min(1e-12)
+
+
+def relative_error(w_OI: torch.Tensor, rounded: Int4Weight) -> float:
+    """||w - w'||² / ||w||²."""
+    restored = (rounded.q_OI.unflatten(-1, (-1, GROUP)).float() * rounded.scale_OG.float()[..., None]).flatten(-2)
+    return float((w_OI - restored).square().sum() / w_OI.square().sum().clamp_min(1e-30))

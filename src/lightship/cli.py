@@ -1,0 +1,340 @@
+"""The command line: one subcommand a stage, and `release` for all of them.
+
+Nothing heavy is imported before a command needs it, so `lightship --help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from lightship import __version__
+
+if TYPE_CHECKING:
+    from lightship.recipe import Recipe
+
+DEFAULTS = {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Without it, OpenMP threads that spin on a busy core make small matrix work many times slower.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_LOGGING_LEVEL": "ERROR",
+}
+USER_ERROR = 2
+
+
+def main() -> NoReturn:
+    """Run a command; exits with 0, with 1 if a check or the gate did not pass, or with 2 after a user's error."""
+    from lightship.errors import LightshipError
+
+    arguments = parser().parse_args()
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    try:
+        code = arguments.run(arguments)
+    except LightshipError as error:
+        print(f"lightship: error: {error}", file=sys.stderr)
+        code = USER_ERROR
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="lightship",
+        description="Quantize a Mixture-of-Experts model to W4AFP8, prove that it is the same model, and ship it.",
+        epilog="example: lightship release demo/checkpoint --recipe recipes/demo.toml",
+    )
+    top.add_argument("--version", action="version", version=f"lightship {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], int], text: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, epilog=f"example: lightship {example}")
+        sub.set_defaults(run=run)
+        return sub
+
+    def recipe(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--recipe", type=Path, required=True, help="TOML file; recipes/ holds the shipped ones")
+
+    def home(sub: argparse.ArgumentParser) -> None:
+        default = Path(os.environ.get("LIGHTSHIP_HOME", "lightship-home"))
+        sub.add_argument(
+            "--home",
+            type=Path,
+            default=default,
+            help="where releases are kept (default: $LIGHTSHIP_HOME or %(default)s)",
+        )
+
+    def target(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("target", help="a checkpoint directory, which is launched, or the URL of a server")
+        sub.add_argument("--tokenizer", type=Path, help="tokenizer directory; needed for a URL")
+        sub.add_argument("--out", type=Path, help="write the record as JSON to this file")
+
+    sub = command(
+        "plan", _plan, "Say what becomes of every tensor and how large the result is.", "plan demo/checkpoint"
+    )
+    sub.add_argument("source", type=Path, help="FP8 checkpoint directory")
+    sub.add_argument("--tensors", action="store_true", help="list every tensor")
+    sub.add_argument("--out", type=Path, help="write the plan as JSON to this file")
+
+    sub = command(
+        "quantize",
+        _quantize,
+        "Calibrate, and write the W4AFP8 checkpoint.",
+        "quantize demo/checkpoint OUT --recipe recipes/demo.toml",
+    )
+    sub.add_argument("source", type=Path, help="FP8 checkpoint directory")
+    sub.add_argument("out", type=Path, help="new directory for the W4AFP8 checkpoint")
+    recipe(sub)
+
+    sub = command(
+        "verify",
+        _verify,
+        "Read a W4AFP8 checkpoint as SGLang would and report every fault.",
+        "verify OUT --source demo/checkpoint",
+    )
+    sub.add_argument("checkpoint", type=Path, help="W4AFP8 checkpoint directory")
+    sub.add_argument("--source", type=Path, help="the FP8 checkpoint that it was made from, to compare with")
+    sub.add_argument("--out", type=Path, help="write the record as JSON to this file")
+
+    sub = command(
+        "serve",
+        _serve,
+        "Serve an FP8 or W4AFP8 checkpoint behind an OpenAI-compatible API, on the CPU.",
+        "serve demo/checkpoint --tp 2",
+    )
+    sub.add_argument("checkpoint", type=Path, help="FP8 or W4AFP8 checkpoint directory")
+    sub.add_argument("--tp", type=int, default=1, help="tensor-parallel processes (default: %(default)s)")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    sub.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    sub.add_argument(
+        "--activations",
+        choices=["dynamic", "static"],
+        default="dynamic",
+        help="FP8 activation scales of W4AFP8 experts: found a token, or the checkpoint's (default: %(default)s)",
+    )
+    sub.add_argument("--name", help="model name in the API (default: the directory's name)")
+
+    sub = command(
+        "evaluate",
+        _evaluate,
+        "Ask the recipe's questions through lm-eval.",
+        "evaluate http://127.0.0.1:8000 --tokenizer demo/checkpoint --recipe recipes/demo.toml",
+    )
+    target(sub)
+    recipe(sub)
+
+    sub = command(
+        "bench",
+        _bench,
+        "Time a server under the recipe's load, in turns with another.",
+        "bench OUT --against demo/checkpoint --recipe recipes/demo.toml",
+    )
+    target(sub)
+    sub.add_argument("--against", required=True, help="the source: a checkpoint directory, or the URL of a server")
+    recipe(sub)
+
+    sub = command(
+        "release",
+        _release,
+        "Plan, quantize, verify, stage, evaluate, benchmark, judge and promote.",
+        "release demo/checkpoint --recipe recipes/demo.toml",
+    )
+    sub.add_argument("source", type=Path, help="FP8 checkpoint directory")
+    recipe(sub)
+    home(sub)
+    sub.add_argument("--no-promote", action="store_true", help="leave a passing release as challenger")
+
+    sub = command("promote", _promote, "Make a release that passed the gate the champion.", "promote 3f2a")
+    sub.add_argument("release", help="release id, or its first characters")
+    home(sub)
+
+    sub = command("compare", _compare, "Show releases side by side, from MLflow.", "compare 3f2a 9bc1")
+    sub.add_argument("releases", nargs="+", help="release ids, or their first characters")
+    home(sub)
+    return top
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from lightship import summary
+    from lightship.checkpoint import Checkpoint
+    from lightship.files import write_json
+    from lightship.quant.plan import plan_quantization
+    from lightship.tables import plan_table, show, tensor_table
+
+    plan = plan_quantization(Checkpoint.open(arguments.source))
+    if arguments.tensors:
+        show(tensor_table(plan))
+    show(plan_table(plan))
+    print(summary.sentence(plan))
+    if arguments.out:
+        write_json(arguments.out, plan)
+    return 0
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    import tempfile
+
+    from lightship import summary
+    from lightship.checkpoint import Checkpoint
+    from lightship.errors import LightshipError
+    from lightship.progress import tracked
+    from lightship.quant.calibrate import calibrate
+    from lightship.quant.plan import plan_quantization
+    from lightship.quant.quantize import quantize
+    from lightship.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe)
+    if arguments.out.exists():
+        raise LightshipError(f"{arguments.out} exists; remove it or name another directory")
+    checkpoint = Checkpoint.open(arguments.source)
+    plan = plan_quantization(checkpoint)
+    print(f"plan         {summary.sentence(plan)}", flush=True)
+    arguments.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.out.absolute().parent, prefix=".calibration-") as stash:
+        calibration = calibrate(arguments.source, recipe.calibration, Path(stash), tracked)
+        print(f"calibration  {summary.sentence(calibration)}", flush=True)
+        quantized = quantize(
+            checkpoint, plan, calibration, Path(stash), recipe.quantization, arguments.out.absolute(), tracked
+        )
+    print(f"quantized    {summary.sentence(quantized)}, in {quantized.path}")
+    print(f"next: lightship verify {arguments.out} --source {arguments.source}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from lightship.files import write_json
+    from lightship.quant.verify import verify
+    from lightship.tables import show, verification_table
+
+    verification = verify(arguments.checkpoint, arguments.source)
+    show(verification_table(verification))
+    if arguments.out:
+        write_json(arguments.out, verification)
+    return 0 if verification.passed else 1
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from lightship.serving.serve import serve
+
+    serve(arguments.checkpoint, arguments.tp, arguments.host, arguments.port, arguments.activations, arguments.name)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    import tempfile
+
+    from lightship import summary
+    from lightship.eval.accuracy import evaluate
+    from lightship.files import write_json
+    from lightship.recipe import load_recipe
+    from lightship.tables import accuracy_table, show
+
+    recipe = load_recipe(arguments.recipe)
+    with (
+        tempfile.TemporaryDirectory() as work,
+        _served(recipe, Path(work), arguments.tokenizer, arguments.target) as (endpoint,),
+    ):
+        accuracy = evaluate(endpoint, recipe.accuracy, Path(work))
+    show(accuracy_table(accuracy))
+    print(summary.sentence(accuracy))
+    if arguments.out:
+        write_json(arguments.out, accuracy)
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    import tempfile
+
+    from lightship import summary
+    from lightship.eval.throughput import benchmark, read_prompts
+    from lightship.files import write_json
+    from lightship.recipe import load_recipe
+    from lightship.tables import show, throughput_table
+
+    recipe = load_recipe(arguments.recipe)
+    with (
+        tempfile.TemporaryDirectory() as work,
+        _served(recipe, Path(work), arguments.tokenizer, arguments.against, arguments.target) as (source, quantized),
+    ):
+        prompts = read_prompts(recipe.throughput, recipe.fidelity.sources, source.tokenizer)
+        throughput = benchmark({"source": source, "quantized": quantized}, recipe.throughput, prompts)
+    show(throughput_table(throughput))
+    print(summary.sentence(throughput))
+    if arguments.out:
+        write_json(arguments.out, throughput)
+    return 0
+
+
+def _served(recipe: "Recipe", work: Path, tokenizer: Path | None, *targets: str) -> Any:
+    """A context with the endpoint of each target; directories are launched, URLs are taken as they are."""
+    import contextlib
+    from collections.abc import Iterator
+
+    from lightship.endpoint import Endpoint
+    from lightship.errors import LightshipError
+    from lightship.serving.launch import connect, launch
+
+    @contextlib.contextmanager
+    def served() -> Iterator[list[Endpoint]]:
+        with contextlib.ExitStack() as stack:
+            servers = []
+            for number, target in enumerate(targets):
+                if not target.startswith(("http://", "https://")):
+                    servers.append(stack.enter_context(launch(Path(target), recipe.serving, work / f"{number}.log")))
+                elif tokenizer is None:
+                    raise LightshipError(f"{target} is a URL: give --tokenizer DIR, the model's tokenizer")
+                else:
+                    servers.append(connect(target, tokenizer))
+            yield [server.wait() for server in servers]
+
+    return served()
+
+
+def _release(arguments: argparse.Namespace) -> int:
+    from lightship.recipe import load_recipe
+
+    load_recipe(arguments.recipe)
+    from lightship.files import read_json
+    from lightship.flows.release import release
+    from lightship.records import Verdict
+    from lightship.tables import print_release
+
+    release_id = release(
+        str(arguments.source), str(arguments.recipe), str(arguments.home), promote=not arguments.no_promote
+    )
+    directory = arguments.home / "releases" / release_id
+    print_release(directory)
+    return 0 if read_json(directory / "verdict.json", Verdict).decision == "pass" else 1
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from lightship import summary
+    from lightship.files import write_json
+    from lightship.promotion import promote
+    from lightship.release import find_release
+    from lightship.tracking import Tracker
+
+    found = find_release(arguments.home, arguments.release)
+    directory = arguments.home / "releases" / found.release_id
+    promoted = promote(directory, found.recipe.model, Tracker.connect(arguments.home))
+    write_json(directory / "promoted.json", promoted)
+    print(summary.sentence(promoted))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from lightship.tables import runs_tables, show
+    from lightship.tracking import Tracker
+
+    for table in runs_tables(Tracker.connect(arguments.home).runs(arguments.releases)):
+        show(table)
+    return 0

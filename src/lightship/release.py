@@ -1,0 +1,219 @@
+"""A release: its identity, its directory, and the rule that a finished stage is never run twice.
+
+    HOME/releases/<release id>/   release.json, one JSON a stage, checkpoint/, report.html, logs
+    HOME/sources/<id>/            what was measured on a source checkpoint and serves every release made from it
+
+The release id is a hash of everything that decides the result: the source's content, the recipe, the texts and questions it
+names, lightship's own code, and the engine. The same inputs give the same id and the same directory.
+"""
+
+import contextlib
+import fcntl
+import importlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from lightship import __version__
+from lightship.checkpoint import Checkpoint
+from lightship.errors import LightshipError
+from lightship.files import digest_of, digest_of_file, read_json, write_json
+from lightship.recipe import Recipe, load_recipe
+from lightship.records import Record
+from lightship.text import digest_of_text
+
+R = TypeVar("R", bound=Record)
+PACKAGES = ("lightship", "lightship.quant", "lightship.eval", "lightship.serving", "lightship.flows")
+ENGINE_PACKAGES = ("torch", "transformers", "lm-eval")
+ID_LENGTH = 12
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """What a release is made of; its hash is the release id."""
+
+    source: str
+    recipe: str
+    texts: str
+    questions: str
+    code: str
+    engine: str
+
+    @property
+    def release_id(self) -> str:
+        return digest_of(self)[:ID_LENGTH]
+
+
+class ReleaseFile(msgspec.Struct, frozen=True, kw_only=True):
+    """release.json: where a release came from, so that its directory can be understood alone."""
+
+    release_id: str
+    identity: Identity
+    source: str
+    recipe_path: str
+    recipe: Recipe
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """Told after each stage: its record, whether it had been finished before, and how long it took now."""
+
+    name: str
+    record: Record
+    cached: bool
+    seconds: float
+
+
+@dataclass
+class Release:
+    """One release at work. `on_stage` hears of every finished stage, whether it was run now or found finished."""
+
+    home: Path
+    source: Checkpoint
+    recipe: Recipe
+    recipe_path: Path
+    identity: Identity
+    on_stage: Callable[[StageDone], None] = lambda _: None
+    ran: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, source: Path, recipe_path: Path, home: Path) -> "Release":
+        """Identify the release of `source` by the recipe and make its directory.
+
+        Raises:
+            LightshipError: source, recipe, texts or questions cannot be read.
+        """
+        checkpoint = Checkpoint.open(source)
+        recipe = load_recipe(recipe_path)
+        release = cls(home, checkpoint, recipe, recipe_path, identify(checkpoint, recipe))
+        write_json(
+            release.directory / "release.json",
+            ReleaseFile(
+                release_id=release.release_id,
+                identity=release.identity,
+                source=str(source.resolve()),
+                recipe_path=str(recipe_path.resolve()),
+                recipe=recipe,
+                versions=versions(),
+            ),
+        )
+        return release
+
+    @property
+    def release_id(self) -> str:
+        return self.identity.release_id
+
+    @property
+    def directory(self) -> Path:
+        return self.home / "releases" / self.release_id
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Where the quantized checkpoint is; named for people, since servers show it as the model's name."""
+        return self.directory / "checkpoint"
+
+    @property
+    def source_directory(self) -> Path:
+        """Shared by all releases whose source is measured in the same way."""
+        how = [self.identity.source, self.identity.questions, self.identity.code, self.identity.engine]
+        return self.home / "sources" / digest_of([*how, self.recipe.accuracy.seed, self.recipe.accuracy])[:ID_LENGTH]
+
+    def stage(self, name: str, kind: type[R], run: Callable[[], R], directory: Path | None = None) -> R:
+        """The stage's record: read if it is finished, else run and written. The record is the mark of being finished."""
+        path = (directory or self.directory) / f"{name}.json"
+        start = time.monotonic()
+        cached = path.is_file()
+        record = read_json(path, kind) if cached else run()
+        if not cached:
+            write_json(path, record)
+            self.ran.append(name)
+        self.on_stage(StageDone(name, record, cached, time.monotonic() - start))
+        return record
+
+    def finished(self, name: str) -> bool:
+        return (self.directory / f"{name}.json").is_file()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the release's lock.
+
+        Raises:
+            LightshipError: another process works on this release.
+        """
+        with (self.directory / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise LightshipError(
+                    f"another process is working on release {self.release_id} ({self.directory}); wait for it"
+                ) from None
+            yield
+
+
+def identify(source: Checkpoint, recipe: Recipe) -> Identity:
+    """Hash what decides the release. Paths do not count, the content behind them does."""
+    return Identity(
+        source=source.digest,
+        recipe=digest_of(_without_paths(msgspec.to_builtins(recipe))),
+        texts=digest_of([digest_of_text(recipe.calibration.sources), digest_of_text(recipe.fidelity.sources)]),
+        questions=digest_of([digest_of_file(p) for p in question_files(Path(recipe.accuracy.questions))]),
+        code=digest_of_code(),
+        engine=digest_of([recipe.serving.engine, *(version(p) for p in ENGINE_PACKAGES)]),
+    )
+
+
+def question_files(directory: Path) -> list[Path]:
+    """test.jsonl and validation.jsonl of a question directory.
+
+    Raises:
+        LightshipError: one is missing.
+    """
+    files = [directory / "test.jsonl", directory / "validation.jsonl"]
+    for file in files:
+        if not file.is_file():
+            raise LightshipError(
+                f"the evaluation questions {file} are missing; check `accuracy.questions` of the recipe"
+            )
+    return files
+
+
+def digest_of_code() -> str:
+    """SHA-256 over lightship's installed source files."""
+    digests = {}
+    for package in PACKAGES:
+        (folder,) = importlib.import_module(package).__path__
+        digests |= {f"{package}/{p.name}": digest_of_file(p) for p in sorted(Path(folder).glob("*.py"))}
+    return digest_of(digests)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a release rests on."""
+    return {"lightship": __version__, "python": platform.python_version(), **{p: version(p) for p in ENGINE_PACKAGES}}
+
+
+def find_release(home: Path, release_id: str) -> ReleaseFile:
+    """The one release in `home` whose id starts with `release_id`.
+
+    Raises:
+        LightshipError: none does, or several do.
+    """
+    found = sorted(p.name for p in (home / "releases").glob(f"{release_id}*") if (p / "release.json").is_file())
+    if len(found) != 1:
+        known = ", ".join(sorted(p.name for p in (home / "releases").glob("*"))) or "none"
+        many = "no release" if not found else "more than one release"
+        raise LightshipError(f"{many} in {home} has an id that starts with {release_id!r}; there: {known}")
+    return read_json(home / "releases" / found[0] / "release.json", ReleaseFile)
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_paths(v) for k, v in value.items() if k not in ("path", "questions")}
+    if isinstance(value, list):
+        return [_without_paths(v) for v in value]
+    return value

@@ -1,0 +1,211 @@
+"""What a record says in one line for people, and as metrics for MLflow."""
+
+from functools import singledispatch
+
+from lightship.records import (
+    Accuracy,
+    Calibration,
+    Comparison,
+    Fidelity,
+    Plan,
+    Promoted,
+    Quantized,
+    Record,
+    Staged,
+    Throughput,
+    Verdict,
+    Verification,
+)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in the decimal units in which disks and checkpoints are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+@singledispatch
+def sentence(record: Record) -> str:
+    """One line about the record."""
+    raise TypeError(type(record))
+
+
+@singledispatch
+def metrics(record: Record) -> dict[str, float]:
+    """The record's numbers, by MLflow metric name."""
+    raise TypeError(type(record))
+
+
+@sentence.register
+def _(plan: Plan) -> str:
+    return (
+        f"{len(plan.expert_layers)} MoE layers; {size(plan.bytes_before)} -> {size(plan.bytes_after)}, "
+        f"routed experts -{plan.experts_shrink:.1%}; serves at TP {', '.join(map(str, plan.tensor_parallel))}"
+    )
+
+
+@metrics.register
+def _(plan: Plan) -> dict[str, float]:
+    return {
+        "size/bytes_before": plan.bytes_before,
+        "size/bytes_after": plan.bytes_after,
+        "size/experts_shrink": plan.experts_shrink,
+    }
+
+
+@sentence.register
+def _(calibration: Calibration) -> str:
+    least = min(min(layer.tokens_of_experts()) for layer in calibration.layers)
+    return (
+        f"{sum(calibration.tokens.values()):,} tokens of {len(calibration.tokens)} scenes; "
+        f"the least used expert saw {least:,}"
+    )
+
+
+@metrics.register
+def _(calibration: Calibration) -> dict[str, float]:
+    return {
+        "calibration/tokens": sum(calibration.tokens.values()),
+        "calibration/least_expert_tokens": min(min(layer.tokens_of_experts()) for layer in calibration.layers),
+    }
+
+
+@sentence.register
+def _(quantized: Quantized) -> str:
+    starved = len(quantized.experts_without_tokens)
+    return f"{quantized.method}; {size(quantized.bytes_total)}" + (
+        f"; {starved} experts without calibration tokens were rounded by mse" if starved else ""
+    )
+
+
+@metrics.register
+def _(quantized: Quantized) -> dict[str, float]:
+    return {
+        "quantize/seconds": quantized.seconds,
+        "quantize/experts_without_tokens": len(quantized.experts_without_tokens),
+    }
+
+
+@sentence.register
+def _(verification: Verification) -> str:
+    failed = [check for check in verification.checks if not check.passed]
+    if failed:
+        return "; ".join(f"{check.name}: {check.detail}" for check in failed)
+    return f"{len(verification.checks)} checks passed; {verification.checks[-1].detail}"
+
+
+@metrics.register
+def _(verification: Verification) -> dict[str, float]:
+    return {
+        "verify/failed_checks": sum(not c.passed for c in verification.checks),
+        **{f"verify/error/{e.layer_name}/w13": e.w13 for e in verification.layers},
+        **{f"verify/error/{e.layer_name}/w2": e.w2 for e in verification.layers},
+    }
+
+
+@sentence.register
+def _(staged: Staged) -> str:
+    return f"{staged.engine} engine, TP {staged.tensor_parallel}, ready after {staged.ready_seconds:.1f} s"
+
+
+@metrics.register
+def _(staged: Staged) -> dict[str, float]:
+    return {"stage/ready_seconds": staged.ready_seconds}
+
+
+@sentence.register
+def _(accuracy: Accuracy) -> str:
+    return (
+        f"{accuracy.accuracy:.1%} of {len(accuracy.answers)} questions ({accuracy.task}); "
+        f"{accuracy.truncated:.1%} truncated, {accuracy.unparsed:.1%} unparsed"
+    )
+
+
+@metrics.register
+def _(accuracy: Accuracy) -> dict[str, float]:
+    return {
+        "accuracy": accuracy.accuracy,
+        "truncated": accuracy.truncated,
+        "unparsed": accuracy.unparsed,
+        **{f"accuracy/{name}": correct / asked for name, (correct, asked) in accuracy.by_category().items()},
+    }
+
+
+@sentence.register
+def _(fidelity: Fidelity) -> str:
+    return f"KL {fidelity.kl:.4f} nats a token, same first token {fidelity.top1_agreement:.1%}"
+
+
+@metrics.register
+def _(fidelity: Fidelity) -> dict[str, float]:
+    by_scene = {}
+    for s in fidelity.scenes:
+        by_scene[f"fidelity/{s.scene}/kl"] = s.kl
+        by_scene[f"fidelity/{s.scene}/perplexity_source"] = s.perplexity_source
+        by_scene[f"fidelity/{s.scene}/perplexity_quantized"] = s.perplexity_quantized
+    return {"fidelity/kl": fidelity.kl, "fidelity/top1_agreement": fidelity.top1_agreement, **by_scene}
+
+
+@sentence.register
+def _(throughput: Throughput) -> str:
+    ratios = (f"{throughput.ratio(c):.2f}x at concurrency {c}" for c in throughput.concurrencies)
+    return f"queries a minute over the source's: {', '.join(ratios)}"
+
+
+@metrics.register
+def _(throughput: Throughput) -> dict[str, float]:
+    values = {}
+    for load in throughput.loads:
+        name = f"throughput/{load.server}/c{load.concurrency}"
+        values[f"{name}/queries_per_minute"] = load.queries_per_minute
+        values[f"{name}/output_tokens_per_second"] = load.output_tokens_per_second
+        values[f"{name}/ttft_p50_ms"] = load.time_to_first_token_ms.p50
+        values[f"{name}/tpot_p50_ms"] = load.time_per_output_token_ms.p50
+        values[f"{name}/errors"] = load.errors
+    return values | {f"throughput/ratio/c{c}": throughput.ratio(c) for c in throughput.concurrencies}
+
+
+@sentence.register
+def _(comparison: Comparison) -> str:
+    return (
+        f"{comparison.source_accuracy:.1%} -> {comparison.quantized_accuracy:.1%}; loss {100 * comparison.loss:+.1f} points "
+        f"(95 %: {100 * comparison.loss_low:+.1f} to {100 * comparison.loss_high:+.1f}); "
+        f"{len(comparison.lost)} lost, {len(comparison.gained)} gained"
+    )
+
+
+@metrics.register
+def _(comparison: Comparison) -> dict[str, float]:
+    return {
+        "accuracy_loss": comparison.loss,
+        "accuracy_loss_low": comparison.loss_low,
+        "accuracy_loss_high": comparison.loss_high,
+        "accuracy_loss_p_value": comparison.p_value,
+    }
+
+
+@sentence.register
+def _(verdict: Verdict) -> str:
+    open_rules = [rule for rule in verdict.rules if rule.decision != "pass"]
+    if not open_rules:
+        return f"{verdict.decision}: all {len(verdict.rules)} rules"
+    return f"{verdict.decision}: " + "; ".join(f"{rule.rule}: {rule.explanation}" for rule in open_rules)
+
+
+@metrics.register
+def _(verdict: Verdict) -> dict[str, float]:
+    return {"gate/rules_not_passed": sum(rule.decision != "pass" for rule in verdict.rules)}
+
+
+@sentence.register
+def _(promoted: Promoted) -> str:
+    before = f", in place of version {promoted.previous_version}" if promoted.previous_version else ""
+    return f"{promoted.model} version {promoted.version} is {promoted.alias}{before}"
+
+
+@metrics.register
+def _(promoted: Promoted) -> dict[str, float]:
+    return {"promoted_version": float(promoted.version)}

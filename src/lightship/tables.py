@@ -1,0 +1,179 @@
+"""Records as tables on the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lightship import summary
+from lightship.files import read_json
+from lightship.records import (
+    Accuracy,
+    Comparison,
+    Fidelity,
+    Percentiles,
+    Plan,
+    Promoted,
+    Throughput,
+    Verdict,
+    Verification,
+)
+from lightship.summary import size
+
+ACTIONS = {
+    "int4": "routed experts, int4 group 128",
+    "fp8": "other linears, FP8 128x128 blocks as they are",
+    "keep": "norms, embeddings, head, router as they are",
+}
+COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+
+
+def show(table: Table) -> None:
+    """Print a table; lines are not cut when the output is not a terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(
+        title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold"
+    )
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """Bytes before and after, by what is done."""
+    table = _table("what", "tensors", "before", "after", "change")
+    for action, what in ACTIONS.items():
+        chosen = [t for t in plan.tensors if t.action == action]
+        before, after = sum(t.bytes_before for t in chosen), sum(t.bytes_after for t in chosen)
+        change = f"{after / before - 1:+.1%}" if before else "-"
+        table.add_row(what, str(len(chosen)), size(before), size(after), change)
+    change = f"{plan.bytes_after / plan.bytes_before - 1:+.1%}"
+    table.add_row("all", str(len(plan.tensors)), size(plan.bytes_before), size(plan.bytes_after), change, style="bold")
+    return table
+
+
+def tensor_table(plan: Plan) -> Table:
+    """Every tensor's fate."""
+    table = _table("tensor", "action", "dtype", "shape", "before", "after")
+    for t in plan.tensors:
+        table.add_row(t.name, t.action, t.dtype, str(t.shape), size(t.bytes_before), size(t.bytes_after))
+    return table
+
+
+def verification_table(verification: Verification) -> Table:
+    """Each check and what it found."""
+    table = _table("check", "", "found")
+    for check in verification.checks:
+        mark = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
+        table.add_row(check.name, mark, check.detail)
+    return table
+
+
+def accuracy_table(accuracy: Accuracy) -> Table:
+    """Correct answers by category."""
+    table = _table("category", "correct", "asked", "accuracy")
+    for category, (correct, asked) in accuracy.by_category().items():
+        table.add_row(category, str(correct), str(asked), f"{correct / asked:.1%}")
+    return table
+
+
+def throughput_table(throughput: Throughput) -> Table:
+    """Each load's figures."""
+    table = _table(
+        "server", "concurrency", "queries/min", "tokens/s", "TTFT p50/p90/p99 ms", "TPOT p50/p90/p99 ms", "errors"
+    )
+    for load in throughput.loads:
+        table.add_row(
+            load.server,
+            str(load.concurrency),
+            f"{load.queries_per_minute:.1f}",
+            f"{load.output_tokens_per_second:.1f}",
+            _latency(load.time_to_first_token_ms),
+            _latency(load.time_per_output_token_ms),
+            str(load.errors),
+        )
+    return table
+
+
+def _latency(p: Percentiles) -> str:
+    return f"{p.p50:.0f} / {p.p90:.0f} / {p.p99:.0f}"
+
+
+def print_release(directory: Path) -> None:
+    """The end of a release: what changed, the verdict, and where to look next."""
+    plan = read_json(directory / "plan.json", Plan)
+    comparison = read_json(directory / "comparison.json", Comparison)
+    fidelity = read_json(directory / "fidelity.json", Fidelity)
+    throughput = read_json(directory / "throughput.json", Throughput)
+    verdict = read_json(directory / "verdict.json", Verdict)
+    table = _table("", "source (FP8)", "W4AFP8", "change", title=f"\n[bold]release {directory.name}[/]")
+    table.add_row(
+        "size",
+        size(plan.bytes_before),
+        size(plan.bytes_after),
+        f"{plan.bytes_after / plan.bytes_before - 1:+.1%}",
+    )
+    table.add_row("routed experts", size(plan.experts_before), size(plan.experts_after), f"{-plan.experts_shrink:+.1%}")
+    table.add_row(
+        f"accuracy, {comparison.questions} questions",
+        f"{comparison.source_accuracy:.1%}",
+        f"{comparison.quantized_accuracy:.1%}",
+        f"{-100 * comparison.loss:+.1f} points (95 %: {-100 * comparison.loss_high:+.1f} to {-100 * comparison.loss_low:+.1f})",
+    )
+    for scene in fidelity.scenes:
+        table.add_row(
+            f"perplexity, {scene.scene}",
+            f"{scene.perplexity_source:.2f}",
+            f"{scene.perplexity_quantized:.2f}",
+            f"KL {scene.kl:.4f} nats, same top token {scene.top1_agreement:.1%}",
+        )
+    for c in throughput.concurrencies:
+        before, after = throughput.load("source", c), throughput.load("quantized", c)
+        table.add_row(
+            f"queries/min, concurrency {c}",
+            f"{before.queries_per_minute:.1f}",
+            f"{after.queries_per_minute:.1f}",
+            f"{throughput.ratio(c):.2f}x",
+        )
+    show(table)
+    rules = _table("gate", "", "value", "limit", "why")
+    for rule in verdict.rules:
+        colour = COLOURS[rule.decision]
+        rules.add_row(rule.rule, f"[{colour}]{rule.decision}[/]", rule.value, rule.limit, rule.explanation)
+    print()
+    show(rules)
+    promoted = directory / "promoted.json"
+    outcome = (
+        summary.sentence(read_json(promoted, Promoted)) if promoted.is_file() else "not promoted: it stays challenger"
+    )
+    home = directory.parent.parent
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"\nverdict: [bold {COLOURS[verdict.decision]}]{verdict.decision}[/]; {outcome}")
+    console.print(
+        "\nwhere to look next\n"
+        f"  report      {directory / 'report.html'}\n"
+        f"  serve it    lightship serve {directory / 'checkpoint'} --tp 2\n"
+        f"  MLflow      mlflow ui --backend-store-uri sqlite:///{home / 'mlflow.db'}"
+    )
+
+
+def runs_tables(runs: list[Any]) -> list[Table]:
+    """MLflow runs side by side: the parameters that differ, and every metric."""
+    names = [run.info.run_name for run in runs]
+    parameters = _table("parameter that differs", *names)
+    for key in sorted({k for run in runs for k in run.data.params}):
+        values = [run.data.params.get(key, "-") for run in runs]
+        if len(set(values)) > 1:
+            parameters.add_row(key, *values)
+    metrics = _table("metric", *names)
+    for key in sorted({k for run in runs for k in run.data.metrics}):
+        values = [f"{run.data.metrics[key]:.6g}" if key in run.data.metrics else "-" for run in runs]
+        metrics.add_row(key, *values)
+    return [parameters, metrics]

@@ -1,0 +1,214 @@
+"""What goes to MLflow: one flat run a release, the weights as an external model that is referenced and never uploaded, and
+the registered model's aliases `challenger` and `champion`.
+
+This is the only module that imports mlflow. The tracking server is MLFLOW_TRACKING_URI, else a SQLite file in the home.
+
+    mlflow ui --backend-store-uri sqlite:///lightship-home/mlflow.db
+"""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lightship import summary
+from lightship.errors import LightshipError
+from lightship.records import Promoted
+from lightship.release import ID_LENGTH, Release, StageDone, versions
+
+EXPERIMENT = "lightship"
+RELEASE_TAG = "lightship.release_id"
+MANIFEST_TAG = "lightship.manifest_digest"
+CHALLENGER, CHAMPION = "challenger", "champion"
+
+
+def _mlflow() -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    return mlflow
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """A connection to one MLflow tracking server or SQLite file."""
+
+    uri: str
+    client: Any
+    experiment_id: str
+
+    @classmethod
+    def connect(cls, home: Path) -> "Tracker":
+        """Connect to MLFLOW_TRACKING_URI, or to `home`/mlflow.db, and find or make the experiment.
+
+        Raises:
+            LightshipError: the server does not answer.
+        """
+        mlflow = _mlflow()
+        home.mkdir(parents=True, exist_ok=True)
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home / 'mlflow.db').resolve()}"
+        local = uri.startswith("sqlite:")
+        client = mlflow.MlflowClient(uri)
+        try:
+            experiment = client.get_experiment_by_name(EXPERIMENT)
+            experiment_id = (
+                experiment.experiment_id
+                if experiment
+                else client.create_experiment(
+                    EXPERIMENT, artifact_location=(home / "mlflow-artifacts").resolve().as_uri() if local else None
+                )
+            )
+        except mlflow.exceptions.MlflowException as error:
+            raise LightshipError(
+                f"MLflow at {uri} does not answer: {error.message}; check MLFLOW_TRACKING_URI"
+            ) from error
+        return cls(uri, client, experiment_id)
+
+    def run_of(self, release_id: str, name: str) -> "ReleaseRun":
+        """The release's run: the existing one if the release was begun before."""
+        runs = self.client.search_runs([self.experiment_id], f"tags.`{RELEASE_TAG}` = '{release_id}'", max_results=1)
+        run = (
+            runs[0]
+            if runs
+            else self.client.create_run(self.experiment_id, run_name=name, tags={RELEASE_TAG: release_id})
+        )
+        return ReleaseRun(self, run.info.run_id)
+
+    def runs(self, release_ids: list[str]) -> list[Any]:
+        """The runs of these releases, in this order.
+
+        Raises:
+            LightshipError: a release has no run.
+        """
+        found = []
+        for release_id in release_ids:
+            where = f"tags.`{RELEASE_TAG}` LIKE '{release_id}%'"
+            runs = self.client.search_runs([self.experiment_id], where, max_results=2)
+            if len(runs) != 1:
+                raise LightshipError(f"MLflow at {self.uri} has {len(runs)} runs of release {release_id}, not one")
+            found += runs
+        return found
+
+    def register(self, run_id: str, model: str, name: str, checkpoint: Path, manifest_digest: str) -> str:
+        """Register the checkpoint as a version of `model` with the alias `challenger`; returns the version.
+
+        The weights stay where they are: the version points to an external model that names their URI and manifest. A
+        checkpoint that is registered already keeps its version.
+        """
+        mlflow = _mlflow()
+        tags = {MANIFEST_TAG: manifest_digest, "lightship.uri": checkpoint.resolve().as_uri()}
+        if not self.client.search_registered_models(f"name = '{model}'"):
+            self.client.create_registered_model(model)
+        where = f"name = '{model}' and tags.`{MANIFEST_TAG}` = '{manifest_digest}'"
+        versions = [v for v in self.client.search_model_versions(where) if v.run_id == run_id]
+        if versions:
+            version = versions[0]
+        else:
+            mlflow.set_tracking_uri(self.uri)
+            logged = mlflow.create_external_model(
+                name=name, source_run_id=run_id, tags=tags, model_type="w4afp8", experiment_id=self.experiment_id
+            )
+            version = self.client.create_model_version(
+                model, source=logged.model_uri, run_id=run_id, tags=tags, model_id=logged.model_id
+            )
+        self.client.set_registered_model_alias(model, CHALLENGER, version.version)
+        return str(version.version)
+
+    def promote(self, model: str, version: str) -> Promoted:
+        """Give `champion` to a version; returns it with the version that was champion before."""
+        previous = self.client.get_registered_model(model).aliases.get(CHAMPION)
+        self.client.set_registered_model_alias(model, CHAMPION, version)
+        chosen = self.client.get_model_version(model, version)
+        return Promoted(
+            model=model,
+            version=version,
+            alias=CHAMPION,
+            manifest_digest=chosen.tags[MANIFEST_TAG],
+            previous_version=None if previous in (None, version) else str(previous),
+        )
+
+    def version_of(self, model: str, manifest_digest: str) -> str:
+        """The version of `model` that has this manifest.
+
+        Raises:
+            LightshipError: there is none.
+        """
+        versions = self.client.search_model_versions(
+            f"name = '{model}' and tags.`{MANIFEST_TAG}` = '{manifest_digest}'", order_by=["version_number DESC"]
+        )
+        if not versions:
+            raise LightshipError(f"MLflow at {self.uri} has no version of {model} with manifest {manifest_digest[:12]}")
+        return str(versions[0].version)
+
+
+@dataclass(frozen=True)
+class ReleaseRun:
+    """One release's run."""
+
+    tracker: Tracker
+    run_id: str
+
+    def log(self, *, parameters: Mapping[str, Any] | None = None, metrics: Mapping[str, float] | None = None) -> None:
+        """Log parameters and metrics; a parameter that is logged already must have the same value."""
+        from mlflow.entities import Metric, Param
+
+        now = int(time.time() * 1000)
+        self.tracker.client.log_batch(
+            self.run_id,
+            metrics=[Metric(k, float(v), now, 0) for k, v in (metrics or {}).items()],
+            params=[Param(k, str(v)) for k, v in (parameters or {}).items()],
+        )
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        """Log a file as an artifact."""
+        self.tracker.client.log_artifact(self.run_id, str(path), folder)
+
+    def tag(self, name: str, value: str) -> None:
+        self.tracker.client.set_tag(self.run_id, name, value)
+
+    def log_release(self, release: Release) -> None:
+        """Log what the release is made of: identity, versions and every setting of the recipe, as parameters."""
+        settings = dict(_flattened(msgspec.to_builtins(release.recipe)))
+        identity = {f"identity.{k}": v[:ID_LENGTH] for k, v in msgspec.to_builtins(release.identity).items()}
+        self.log(parameters={"source": str(release.source.path), **identity, **settings})
+        for name, number in versions().items():
+            self.tag(f"version.{name}", number)
+
+    def log_stage(self, stage: StageDone, directory: Path) -> None:
+        """Log a finished stage once: its metrics, and its record as an artifact."""
+        tag = f"stage.{stage.name}"
+        if tag in self.tracker.client.get_run(self.run_id).data.tags:
+            return
+        prefix = "source/" if stage.name.startswith("source-") else ""
+        self.log(metrics={prefix + k: v for k, v in summary.metrics(stage.record).items() if math.isfinite(v)})
+        self.log_file(directory / f"{stage.name}.json")
+        self.tag(tag, f"{stage.seconds:.1f} s")
+
+    @contextmanager
+    def closed_at_end(self) -> Iterator[None]:
+        """Mark the run as failed if the block raises, else as finished."""
+        try:
+            yield
+        except BaseException:
+            self.tracker.client.set_terminated(self.run_id, "FAILED")
+            raise
+        self.tracker.client.set_terminated(self.run_id, "FINISHED")
+
+
+def _flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flattened(inner, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for number, item in enumerate(value):
+            yield from _flattened(item, f"{prefix}.{number}")
+    else:
+        yield prefix, value

@@ -1,0 +1,63 @@
+"""A recipe is read strictly: what lightship does not know, it refuses by name."""
+
+from pathlib import Path
+
+import pytest
+
+from lightship.errors import RecipeError
+from lightship.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+MINIMAL = """
+model = "m"
+[calibration]
+sources = [{ scene = "prose", path = "text/prose.jsonl" }]
+[accuracy]
+questions = "questions"
+[fidelity]
+sources = [{ scene = "prose", path = "text/heldout.jsonl" }]
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    assert recipe.calibration.sources[0].path == str(tmp_path / "text/prose.jsonl")
+    assert recipe.accuracy.questions == str(tmp_path / "questions")
+
+
+@pytest.mark.parametrize("shipped", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)
+def test_every_shipped_recipe_loads(shipped: Path) -> None:
+    load_recipe(shipped)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        ("[quantisation]\nmethod = 'mse'\n", "unknown field `quantisation`"),
+        ("[quantization]\nmethods = 'mse'\n", r"unknown field `methods` - at `\$.quantization`"),
+        ("[quantization]\nmethod = 'awq'\n", r"Invalid enum value 'awq' - at `\$.quantization.method`"),
+        ("[serving]\ntp = 0\n", r"`int` >= 1 - at `\$.serving.tp`"),
+        ("[gate]\nkl = 'small'\n", r"got `str` - at `\$.gate.kl`"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(tmp_path: Path, added: str, message: str) -> None:
+    path = write(tmp_path, MINIMAL + added)
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_what_is_not_toml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is not TOML"):
+        load_recipe(write(tmp_path, "model = "))
+
+
+def test_a_missing_recipe_says_where_recipes_are(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not exist; recipes/ holds the shipped ones"):
+        load_recipe(tmp_path / "absent.toml")
