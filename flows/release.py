@@ -2,8 +2,8 @@
 
     lightship release demo/checkpoint --recipe recipes/demo.toml
 
-Runs with Prefect's ephemeral server, or against PREFECT_API_URL. Each task is a thin wrapper around a function that works
-without Prefect; a stage whose record exists is read, not run.
+Runs with Prefect's ephemeral server, or against PREFECT_API_URL. Each task is a thin wrapper around a function that
+works without Prefect; a stage whose record exists is read, not run.
 """
 
 from pathlib import Path
@@ -40,8 +40,8 @@ def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
         The release id. The records, the checkpoint and report.html are in HOME/releases/<id>.
 
     Raises:
-        LightshipError: bad input, a failed verification, a server that does not get ready. A verdict that is not `pass` is
-            not an error: the release stays `challenger`.
+        LightshipError: bad input, a failed verification, a server that does not get ready. A verdict that is not
+            `pass` is no error: the release stays `challenger`.
     """
     work = Release.open(Path(source), Path(recipe), Path(home))
     tracker = Tracker.connect(work.home)
@@ -62,7 +62,7 @@ def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
         verification = verify_checkpoint(work)
         tracker.register(run.run_id, work.recipe.model, work.release_id, work.checkpoint_dir, quantized.manifest_digest)
         with Servers(work) as servers:
-            staged = stage_checkpoint(work, servers, quantized)
+            stage_checkpoint(work, servers, quantized)
             before = evaluate_source(work, servers)
             after = evaluate_quantized(work, servers)
             throughput = benchmark_both(work, servers)
@@ -70,21 +70,8 @@ def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
         comparison = compare_answers(work, before, after)
         verdict = decide(work, plan, verification, comparison, after, fidelity, throughput)
         promoted = promote_champion(work, tracker) if promote and verdict.decision == "pass" else None
-        write_report(
-            work,
-            plan,
-            calibration,
-            quantized,
-            verification,
-            staged,
-            before,
-            after,
-            comparison,
-            fidelity,
-            throughput,
-            verdict,
-        )
-        run.log_file(work.directory / "report.html")
+        report = write_report(work)
+        run.log_file(report)
         run.tag("lightship.verdict", verdict.decision)
         run.tag("lightship.promoted", promoted.version if promoted else "no")
     if not work.ran:
@@ -155,10 +142,12 @@ def evaluate_quantized(work: Release, servers: Servers) -> Accuracy:
 
 @task(cache_policy=NO_CACHE)
 def benchmark_both(work: Release, servers: Servers) -> Throughput:
-    from lightship.eval.throughput import benchmark, read_prompts
+    from lightship.eval.throughput import benchmark
+
+    from lightship.text import read_prompts
 
     def run() -> Throughput:
-        prompts = read_prompts(work.recipe.throughput, work.recipe.fidelity.sources, work.source.path)
+        prompts = read_prompts(work.recipe.fidelity.sources[0], work.source.path, work.recipe.throughput)
         return benchmark({"source": servers.source, "quantized": servers.quantized}, work.recipe.throughput, prompts)
 
     return work.stage("throughput", Throughput, run)
@@ -212,3 +201,10 @@ def promote_champion(work: Release, tracker: Tracker) -> Promoted:
     from lightship.promotion import promote
 
     return work.stage("promoted", Promoted, lambda: promote(work.directory, work.recipe.model, tracker))
+
+
+@task(cache_policy=NO_CACHE)
+def write_report(work: Release) -> Path:
+    from lightship.eval.report import write_report as write
+
+    return write(work.directory)

@@ -1,7 +1,7 @@
 """Run text through the source model and record what each layer's experts see.
 
-From it come the FP8 input scales (one for w1 and w3, one for w2, the same for all experts of a layer), the count of tokens
-an expert, and the Hessians that GPTQ rounds against.
+From it come the FP8 input scales (one for w1 and w3, one for w2, the same for all experts of a layer), the count of
+tokens an expert, and the Hessians that GPTQ rounds against.
 
     lightship quantize demo/checkpoint OUT --recipe recipes/demo.toml
 """

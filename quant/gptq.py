@@ -1,15 +1,15 @@
 """GPTQ: round a weight column by column and let the columns not yet rounded make up for the error.
 
-The inputs that calibration saw say which errors matter: H = sum of x xᵀ. Frantar et al., "GPTQ: Accurate Post-Training
-Quantization for Generative Pre-trained Transformers", arXiv 2210.17323. Columns go in the order of falling H diagonal, so
-that the inputs that matter most are rounded while many others can still compensate; each keeps the scale of the group in
-which it lies in memory, chosen beforehand by the MSE grid.
+The inputs that calibration saw say which errors matter: H = sum of x xᵀ. Frantar et al., "GPTQ: Accurate
+Post-Training Quantization for Generative Pre-trained Transformers", arXiv 2210.17323. Columns go in the order of
+falling H diagonal, so that the inputs that matter most are rounded while many others can still compensate; each keeps
+the scale of the group in which it lies in memory, chosen beforehand by the MSE grid.
 """
 
 import torch
-
 from lightship.quant.mse import best_scales, round_mse
 from lightship.quant.rounding import Int4Weight
+
 from lightship.w4afp8 import GROUP, INT4_MAX, INT4_MIN
 
 BLOCK = 128
@@ -46,7 +46,7 @@ def inverse_cholesky(hessian_II: torch.Tensor, damping: float) -> torch.Tensor:
     diagonal_I = hessian_II.diagonal()
     mean = diagonal_I.mean().clamp_min(1e-30)
     extra_I = damping * mean + torch.where(diagonal_I == 0, mean, 0.0)
-    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II + extra_I.diag()))
+    inverse_II: torch.Tensor = torch.cholesky_inverse(torch.linalg.cholesky(hessian_II + extra_I.diag()))
     return torch.linalg.cholesky(inverse_II, upper=True).float()
 
 

@@ -1,7 +1,7 @@
 """MSE-grid rounding: for each group, the scale of a grid that makes the squared rounding error smallest.
 
-Clipping the largest weight a little costs less than a coarse step for the other 127. A signed scale turns the asymmetric
-int4 range [-8, 7] around, so that -8 serves the group's extreme whatever its sign.
+Clipping the largest weight a little costs less than a coarse step for the other 127. A signed scale turns the
+asymmetric int4 range [-8, 7] around, so that -8 serves the group's extreme whatever its sign.
 """
 
 import torch

@@ -34,7 +34,7 @@ def plan_quantization(checkpoint: Checkpoint) -> Plan:
     for name, size in (("hidden_size", sizes.hidden_size), ("moe_intermediate_size", sizes.moe_intermediate_size)):
         if size % GROUP:
             raise CheckpointError(
-                f"{checkpoint.path / 'config.json'}: {name} {size} is not a multiple of {GROUP}, the group size of W4AFP8"
+                f"{checkpoint.path / 'config.json'}: {name} {size} is not a multiple of {GROUP}, W4AFP8's group size"
             )
     for layer_name in layers:
         for expert in range(sizes.n_routed_experts):

@@ -201,7 +201,7 @@ def _write_shards(path: Path, outputs: Iterable[Output | _Starved], shard_bytes:
             flush()
         pending[name] = tensor.contiguous()
     flush()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards):
         final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (path / f"shard-{number}").rename(path / final)

@@ -1,7 +1,7 @@
 """Read a W4AFP8 checkpoint as SGLang's loader would, and say all that is wrong with it.
 
-SGLang takes a missing input scale for 1.0 and misaligned shards as they come, and serves nonsense without an error; each of
-these is a check here.
+SGLang takes a missing input scale for 1.0 and misaligned shards as they come, and serves nonsense without an error;
+each of these is a check here.
 
     lightship verify OUT --source demo/checkpoint
 """

@@ -1,7 +1,8 @@
 """A released checkpoint as a running transformers model, straight from its FP8 or W4AFP8 directory.
 
 transformers builds the architecture; the routed experts become `lightship.experts` modules and every FP8 linear an
-`FP8Linear`. Nothing is converted on disk. Calibration, the same-model measures and the `local` engine all run this model.
+`FP8Linear`. Nothing is converted on disk. Calibration, the same-model measures and the `local` engine all run this
+model.
 """
 
 from pathlib import Path
@@ -18,7 +19,8 @@ from lightship.w4afp8 import dequantize_fp8_blocks, round_groups_through_fp8
 
 
 class FP8Linear(nn.Module):
-    """A linear whose weight is stored as FP8 blocks: activations rounded by token and 128 inputs, then a matrix product.
+    """A linear whose weight is stored as FP8 blocks: activations rounded by token and 128 inputs, then a matrix
+    product.
 
     The weight [out, in] is expanded to `dtype` when it is loaded.
     """

@@ -189,8 +189,8 @@ class TensorReader:
             bad = int((~tensor.float().isfinite()).sum())
             if bad:
                 raise CheckpointError(
-                    f"{self.checkpoint.path / self.checkpoint.info(name).shard}: the tensor {name} has {bad} values that "
-                    "are NaN or infinite; the download is damaged or the release is broken: verify its checksum"
+                    f"{self.checkpoint.path / self.checkpoint.info(name).shard}: the tensor {name} has {bad} values "
+                    "that are NaN or infinite; the download is damaged or the release is broken: verify its checksum"
                 )
         return tensor
 

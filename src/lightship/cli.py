@@ -4,15 +4,18 @@ Nothing heavy is imported before a command needs it, so `lightship --help` answe
 """
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightship import __version__
 
 if TYPE_CHECKING:
+    from lightship.endpoint import Endpoint
     from lightship.recipe import Recipe
 
 DEFAULTS = {
@@ -181,8 +184,6 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    import tempfile
-
     from lightship import summary
     from lightship.checkpoint import Checkpoint
     from lightship.errors import LightshipError
@@ -230,8 +231,6 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    import tempfile
-
     from lightship import summary
     from lightship.eval.accuracy import evaluate
     from lightship.files import write_json
@@ -252,20 +251,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    import tempfile
-
     from lightship import summary
-    from lightship.eval.throughput import benchmark, read_prompts
+    from lightship.eval.throughput import benchmark
     from lightship.files import write_json
     from lightship.recipe import load_recipe
     from lightship.tables import show, throughput_table
+    from lightship.text import read_prompts
 
     recipe = load_recipe(arguments.recipe)
     with (
         tempfile.TemporaryDirectory() as work,
         _served(recipe, Path(work), arguments.tokenizer, arguments.against, arguments.target) as (source, quantized),
     ):
-        prompts = read_prompts(recipe.throughput, recipe.fidelity.sources, source.tokenizer)
+        prompts = read_prompts(recipe.fidelity.sources[0], source.tokenizer, recipe.throughput)
         throughput = benchmark({"source": source, "quantized": quantized}, recipe.throughput, prompts)
     show(throughput_table(throughput))
     print(summary.sentence(throughput))
@@ -274,29 +272,24 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _served(recipe: "Recipe", work: Path, tokenizer: Path | None, *targets: str) -> Any:
-    """A context with the endpoint of each target; directories are launched, URLs are taken as they are."""
-    import contextlib
-    from collections.abc import Iterator
-
+@contextlib.contextmanager
+def _served(recipe: "Recipe", work: Path, tokenizer: Path | None, *targets: str) -> "Iterator[list[Endpoint]]":
+    """The endpoint of each target; directories are launched by the recipe, URLs are taken as they are."""
     from lightship.endpoint import Endpoint
     from lightship.errors import LightshipError
-    from lightship.serving.launch import connect, launch
+    from lightship.serving.launch import launched
 
-    @contextlib.contextmanager
-    def served() -> Iterator[list[Endpoint]]:
-        with contextlib.ExitStack() as stack:
-            servers = []
-            for number, target in enumerate(targets):
-                if not target.startswith(("http://", "https://")):
-                    servers.append(stack.enter_context(launch(Path(target), recipe.serving, work / f"{number}.log")))
-                elif tokenizer is None:
-                    raise LightshipError(f"{target} is a URL: give --tokenizer DIR, the model's tokenizer")
-                else:
-                    servers.append(connect(target, tokenizer))
-            yield [server.wait() for server in servers]
-
-    return served()
+    with contextlib.ExitStack() as stack:
+        endpoints = []
+        for number, target in enumerate(targets):
+            if not target.startswith(("http://", "https://")):
+                server = launched(Path(target), recipe.serving, work / f"serve-{number}.log")
+                endpoints.append(stack.enter_context(server).endpoint)
+            elif tokenizer is None:
+                raise LightshipError(f"{target} is a URL: give --tokenizer DIR, the model's tokenizer")
+            else:
+                endpoints.append(Endpoint.connect(target, tokenizer))
+        yield endpoints
 
 
 def _release(arguments: argparse.Namespace) -> int:

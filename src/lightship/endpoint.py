@@ -1,7 +1,9 @@
-"""A served model as its clients see it: an OpenAI-compatible address, a model name, and the tokenizer that goes with it."""
+"""A served model as its clients see it: an OpenAI-compatible address, a model name, and its tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
+
+from lightship.errors import ServingError
 
 
 @dataclass(frozen=True)
@@ -14,3 +16,19 @@ class Endpoint:
     """The name that `/v1/models` lists."""
     tokenizer: Path
     """A directory with the model's tokenizer."""
+
+    @classmethod
+    def connect(cls, url: str, tokenizer: Path) -> "Endpoint":
+        """The first model that a running server lists.
+
+        Raises:
+            ServingError: the server does not answer as an OpenAI-compatible one.
+        """
+        import httpx
+
+        base_url = url.rstrip("/").removesuffix("/v1")
+        try:
+            models = httpx.get(f"{base_url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()["data"]
+            return cls(base_url, models[0]["id"], tokenizer)
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+            raise ServingError(f"{base_url}/v1/models does not list a model ({error}); is the server up?") from error

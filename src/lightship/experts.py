@@ -1,12 +1,13 @@
 """The routed experts of one layer as a module: W4AFP8 or the source's FP8 blocks, whole or one tensor-parallel shard.
 
-`W4AFP8Experts` is the numerical reference of the W4AFP8 runtime. It takes the place of transformers' own experts module
-(same call: hidden states, chosen experts, their weights) and keeps what the checkpoint stores: packed int4, bf16 scales,
-input scales. A CPU has neither int4 nor FP8 matrix units, so the module expands the weights once, on first use, and rounds
-the activations through FP8 by hand: the same numbers, at a CPU's speed.
+`W4AFP8Experts` is the numerical reference of the W4AFP8 runtime. It takes the place of transformers' own experts
+module (same call: hidden states, chosen experts, their weights) and keeps what the checkpoint stores: packed int4,
+bf16 scales, input scales. A CPU has neither int4 nor FP8 matrix units, so the module expands the weights once, on
+first use, and rounds the activations through FP8 by hand: the same numbers, at a CPU's speed.
 
-Tensor parallelism narrows as SGLang does: w1 and w3 on their output dimension, w2 on its input dimension, one all-reduce
-at the end. Shape suffixes: T tokens, P (token, expert) pairs, H hidden size, I this shard's intermediate size, E experts.
+Tensor parallelism narrows as SGLang does: w1 and w3 on their output dimension, w2 on its input dimension, one
+all-reduce at the end. Shape suffixes: T tokens, P (token, expert) pairs, H hidden size, I this shard's intermediate
+size, E experts.
 """
 
 from collections.abc import Callable
@@ -56,8 +57,8 @@ class TensorParallel:
         if intermediate % self.size or (intermediate // self.size) % GROUP:
             degrees = [n for n in (1, 2, 4, 8, 16, 32) if intermediate % (n * GROUP) == 0]
             raise ServingError(
-                f"moe_intermediate_size {intermediate} cannot be served at TP {self.size}: each shard must be a multiple "
-                f"of {GROUP}, the quantization group; possible degrees: {', '.join(map(str, degrees))}"
+                f"moe_intermediate_size {intermediate} cannot be served at TP {self.size}: each shard must be a "
+                f"multiple of {GROUP}, the quantization group; possible degrees: {', '.join(map(str, degrees))}"
             )
         part = intermediate // self.size
         return slice(self.rank * part, (self.rank + 1) * part)
@@ -91,6 +92,8 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, H], chosen experts [T, K] and their weights [T, K] -> [T, H] in x's dtype."""
+        if not len(x_TH):
+            return torch.zeros_like(x_TH)
         if self._expanded is None:
             self._expanded = self.expand()
         w13_E2IH, w2_EHI = self._expanded
@@ -124,8 +127,8 @@ class W4AFP8Experts(RoutedExperts):
     reduces them.
 
     Args:
-        activations: `dynamic`: one FP8 scale a token, found at run time (over all ranks for the intermediate, so that every
-            degree of tensor parallelism gives the same numbers); `static`: the checkpoint's input scales, as stock SGLang.
+        activations: `dynamic`: one FP8 scale a token, found at run time, over all ranks for the intermediate, so that
+            every degree of tensor parallelism gives the same numbers; `static`: the checkpoint's, as stock SGLang.
     """
 
     w13: torch.Tensor
@@ -216,8 +219,8 @@ class W4AFP8Experts(RoutedExperts):
 class FP8Experts(RoutedExperts):
     """Experts as the source releases them: FP8 128x128 blocks, activations rounded by token and 128 inputs.
 
-    Buffers (I is this rank's shard): w13 e4m3 [E, 2I, H], w13_scale fp32 [E, 2I/128, H/128], w2 e4m3 [E, H, I], w2_scale
-    fp32 [E, H/128, I/128].
+    Buffers (I is this rank's shard): w13 e4m3 [E, 2I, H], w13_scale fp32 [E, 2I/128, H/128], w2 e4m3 [E, H, I],
+    w2_scale fp32 [E, H/128, I/128].
     """
 
     w13: torch.Tensor

@@ -69,6 +69,6 @@ def check_files(path: Path) -> None:
         if found[name] != expected[name]:
             raise CheckpointError(
                 f"{path / name} has changed since it was quantized: {found[name].bytes} bytes with SHA-256 "
-                f"{found[name].sha256[:12]}, the manifest says {expected[name].bytes} and {expected[name].sha256[:12]}; "
-                "quantize again"
+                f"{found[name].sha256[:12]}, the manifest says {expected[name].bytes} and "
+                f"{expected[name].sha256[:12]}; quantize again"
             )

@@ -1,4 +1,5 @@
-"""A recipe: one TOML file that says how a release is made. Every setting that changes the result is here, none elsewhere.
+"""A recipe: one TOML file that says how a release is made. Every setting that changes the result is here, none
+elsewhere.
 
 Paths in a recipe are relative to the recipe's own folder. An unknown key is an error, never ignored.
 """
@@ -92,7 +93,7 @@ class Gate(Section, frozen=True, kw_only=True):
     """What a release must meet to be promoted; an absent rule does not apply."""
 
     accuracy_loss: Fraction | None = None
-    """The 95 % upper bound of the accuracy loss must stay under this fraction; fails when the lower bound is above it."""
+    """Limit of the accuracy loss: pass if the 95 % interval is below it, fail if it is above, else inconclusive."""
     kl: Annotated[float, msgspec.Meta(ge=0)] | None = None
     truncated: Fraction | None = None
     unparsed: Fraction | None = None

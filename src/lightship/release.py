@@ -3,8 +3,8 @@
     HOME/releases/<release id>/   release.json, one JSON a stage, checkpoint/, report.html, logs
     HOME/sources/<id>/            what was measured on a source checkpoint and serves every release made from it
 
-The release id is a hash of everything that decides the result: the source's content, the recipe, the texts and questions it
-names, lightship's own code, and the engine. The same inputs give the same id and the same directory.
+The release id is a hash of everything that decides the result: the source's content, the recipe, the texts and
+questions it names, lightship's own code, and the engine. The same inputs give the same id and the same directory.
 """
 
 import contextlib
@@ -125,7 +125,10 @@ class Release:
         return self.home / "sources" / digest_of([*how, self.recipe.accuracy.seed, self.recipe.accuracy])[:ID_LENGTH]
 
     def stage(self, name: str, kind: type[R], run: Callable[[], R], directory: Path | None = None) -> R:
-        """The stage's record: read if it is finished, else run and written. The record is the mark of being finished."""
+        """The stage's record: read if it is finished, else run and written; the record is the mark of being finished.
+
+        With `directory`, the stage is shared with other releases: its mark is there, and the release keeps a copy.
+        """
         path = (directory or self.directory) / f"{name}.json"
         start = time.monotonic()
         cached = path.is_file()
@@ -133,6 +136,8 @@ class Release:
         if not cached:
             write_json(path, record)
             self.ran.append(name)
+        if directory and not self.finished(name):
+            write_json(self.directory / f"{name}.json", record)
         self.on_stage(StageDone(name, record, cached, time.monotonic() - start))
         return record
 
@@ -185,7 +190,7 @@ def question_files(directory: Path) -> list[Path]:
 
 def digest_of_code() -> str:
     """SHA-256 over lightship's installed source files."""
-    digests = {}
+    digests: dict[str, str] = {}
     for package in PACKAGES:
         (folder,) = importlib.import_module(package).__path__
         digests |= {f"{package}/{p.name}": digest_of_file(p) for p in sorted(Path(folder).glob("*.py"))}

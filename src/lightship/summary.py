@@ -171,7 +171,8 @@ def _(throughput: Throughput) -> dict[str, float]:
 @sentence.register
 def _(comparison: Comparison) -> str:
     return (
-        f"{comparison.source_accuracy:.1%} -> {comparison.quantized_accuracy:.1%}; loss {100 * comparison.loss:+.1f} points "
+        f"{comparison.source_accuracy:.1%} -> {comparison.quantized_accuracy:.1%}; "
+        f"loss {100 * comparison.loss:+.1f} points "
         f"(95 %: {100 * comparison.loss_low:+.1f} to {100 * comparison.loss_high:+.1f}); "
         f"{len(comparison.lost)} lost, {len(comparison.gained)} gained"
     )

@@ -125,7 +125,8 @@ def print_release(directory: Path) -> None:
         f"accuracy, {comparison.questions} questions",
         f"{comparison.source_accuracy:.1%}",
         f"{comparison.quantized_accuracy:.1%}",
-        f"{-100 * comparison.loss:+.1f} points (95 %: {-100 * comparison.loss_high:+.1f} to {-100 * comparison.loss_low:+.1f})",
+        f"{-100 * comparison.loss:+.1f} points "
+        f"(95 %: {-100 * comparison.loss_high:+.1f} to {-100 * comparison.loss_low:+.1f})",
     )
     for scene in fidelity.scenes:
         table.add_row(

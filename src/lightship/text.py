@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightship.errors import LightshipError
 from lightship.files import digest_of, digest_of_file
-from lightship.recipe import TextSource
+from lightship.recipe import TextSource, ThroughputLoad
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,14 @@ def read_sequences(source: TextSource, tokenizer: Any, tokens: int, sequence_tok
     if not whole:
         raise LightshipError(f"{path} holds {len(ids)} tokens, fewer than one sequence of {sequence_tokens}; add text")
     return whole
+
+
+def read_prompts(source: TextSource, tokenizer: Path, load: ThroughputLoad) -> list[list[int]]:
+    """Prompts for a load, `load.prompt_tokens` tokens each: one a request, or as many as the text gives."""
+    from lightship.causal_lm import load_tokenizer
+
+    wanted = load.requests * load.prompt_tokens
+    return [ids.tolist() for ids in read_sequences(source, load_tokenizer(tokenizer), wanted, load.prompt_tokens)]
 
 
 def _document_ids(line: str, where: str, tokenizer: Any) -> list[int]:

@@ -1,5 +1,5 @@
-"""What goes to MLflow: one flat run a release, the weights as an external model that is referenced and never uploaded, and
-the registered model's aliases `challenger` and `champion`.
+"""What goes to MLflow: one flat run a release, the weights as an external model that is referenced and never uploaded,
+and the registered model's aliases `challenger` and `champion`.
 
 This is the only module that imports mlflow. The tracking server is MLFLOW_TRACKING_URI, else a SQLite file in the home.
 

@@ -1,7 +1,7 @@
 """The number formats, as pure tensor functions: int4 packing, group scales, FP8 blocks, FP8 activations.
 
-Everything that reads or writes a checkpoint and every reference kernel uses these and nothing else, so a format question
-has one answer. Shape suffixes: O output features, I input features, T tokens, G groups of 128 along the input.
+Everything that reads or writes a checkpoint and every reference kernel uses these and nothing else, so a format
+question has one answer. Shape suffixes: O output features, I input features, T tokens, G groups of 128 along the input.
 
     int4   w_OI = q_OI * scale_OG      q in [-8, 7], one bf16 scale for 128 consecutive inputs of one output
     fp8    w_OI = q_OI * scale_inv     q in e4m3, one fp32 scale for a 128 x 128 block

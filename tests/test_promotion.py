@@ -1,0 +1,82 @@
+"""Promotion is refused unless what was evaluated is what would be promoted."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lightship.errors import CheckpointError, LightshipError, PromotionError
+from lightship.files import digest_of_file, write_json
+from lightship.manifest import MANIFEST
+from lightship.promotion import promote
+from lightship.records import RuleResult, Staged, Verdict
+from lightship.tracking import Tracker
+
+
+@pytest.fixture
+def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Tracker.connect(tmp_path / "home")
+
+
+@pytest.fixture
+def directory(w4afp8: Path, tmp_path: Path, tracker: Tracker) -> Path:
+    """A finished release that passed its gate."""
+    directory = tmp_path / "abc123"
+    checkpoint = shutil.copytree(w4afp8, directory / "checkpoint")
+    digest = digest_of_file(checkpoint / MANIFEST)
+    write_verdict(directory, "pass")
+    staged = Staged(
+        engine="local",
+        base_url="http://127.0.0.1:1",
+        command=[],
+        tensor_parallel=1,
+        manifest_digest=digest,
+        ready_seconds=1.0,
+        greeting="hello",
+    )
+    write_json(directory / "staged.json", staged)
+    tracker.register(tracker.run_of("abc123", "m").run_id, "m", "abc123", checkpoint, digest)
+    return directory
+
+
+def write_verdict(directory: Path, decision: str) -> None:
+    rule = RuleResult(rule="kl", decision=decision, value="0.2", limit="0.1", explanation="too far")  # type: ignore[arg-type]
+    write_json(directory / "verdict.json", Verdict(decision=decision, rules=[rule]))  # type: ignore[arg-type]
+
+
+def test_a_passing_release_becomes_champion(directory: Path, tracker: Tracker) -> None:
+    promoted = promote(directory, "m", tracker)
+    assert promoted.alias == "champion"
+    assert promoted.version == "1"
+
+
+@pytest.mark.parametrize("decision", ["fail", "inconclusive"])
+def test_a_verdict_that_is_not_pass_is_refused_with_its_reason(
+    directory: Path, tracker: Tracker, decision: str
+) -> None:
+    write_verdict(directory, decision)
+    with pytest.raises(PromotionError, match=f"not promoted, its verdict is {decision}: kl: too far"):
+        promote(directory, "m", tracker)
+    assert "champion" not in tracker.client.get_registered_model("m").aliases
+
+
+def test_a_changed_weight_is_refused_by_name(directory: Path, tracker: Tracker) -> None:
+    (shard,) = (directory / "checkpoint").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{shard.name} has changed since it was quantized"):
+        promote(directory, "m", tracker)
+
+
+def test_another_manifest_than_the_evaluated_one_is_refused(directory: Path, tracker: Tracker) -> None:
+    with (directory / "checkpoint" / MANIFEST).open("a") as file:
+        file.write("\n")
+    with pytest.raises(PromotionError, match=r"its manifest is .*, what was evaluated had"):
+        promote(directory, "m", tracker)
+
+
+def test_an_unfinished_release_is_refused(tmp_path: Path, tracker: Tracker) -> None:
+    with pytest.raises(LightshipError, match=r"verdict\.json does not exist"):
+        promote(tmp_path / "none", "m", tracker)

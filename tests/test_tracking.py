@@ -1,0 +1,125 @@
+"""What MLflow is told, on a SQLite file and on a real server."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightship.errors import LightshipError
+from lightship.files import write_json
+from lightship.records import LayerError, Verification
+from lightship.release import StageDone
+from lightship.tracking import Tracker
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real MLflow server; its address."""
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination",
+        str(folder / "a"),
+    ]
+    log = (folder / "log").open("w")
+    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=2)
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.2)
+        yield url
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+        log.close()
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    if request.param == "server":
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue("server"))
+    else:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Tracker.connect(tmp_path / "home")
+
+
+def test_a_release_has_one_run_however_often_it_is_opened(tracker: Tracker) -> None:
+    first = tracker.run_of("aaaa00", "m-aaaa00")
+    assert tracker.run_of("aaaa00", "m-aaaa00").run_id == first.run_id
+    assert tracker.run_of("bbbb00", "m-bbbb00").run_id != first.run_id
+
+
+def test_a_stage_is_logged_once_with_metrics_and_record(tracker: Tracker, tmp_path: Path) -> None:
+    run = tracker.run_of("cccc00", "m-cccc00")
+    record = Verification(path="p", checks=[], layers=[LayerError(layer_name="model.layers.1.mlp", w13=0.01, w2=0.02)])
+    write_json(tmp_path / "verification.json", record)
+    for seconds in (1.0, 2.0):
+        run.log_stage(StageDone("verification", record, False, seconds), tmp_path)
+    logged = tracker.client.get_run(run.run_id)
+    assert logged.data.metrics["verify/error/model.layers.1.mlp/w2"] == 0.02
+    assert logged.data.tags["stage.verification"] == "1.0 s"
+    assert [f.path for f in tracker.client.list_artifacts(run.run_id)] == ["verification.json"]
+
+
+def test_registering_references_the_weights_and_uploads_none(tracker: Tracker, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    run = tracker.run_of("dddd00", "m-dddd00")
+    version = tracker.register(run.run_id, "m-register", "dddd00", checkpoint, "d" * 64)
+    assert tracker.register(run.run_id, "m-register", "dddd00", checkpoint, "d" * 64) == version
+    registered = tracker.client.get_model_version_by_alias("m-register", "challenger")
+    assert str(registered.version) == version
+    assert registered.tags["lightship.uri"] == checkpoint.as_uri()
+    assert registered.run_id == run.run_id
+    assert registered.source.startswith("models:/m-")
+
+
+def test_promotion_moves_the_alias_and_tells_who_held_it(tracker: Tracker, tmp_path: Path) -> None:
+    run = tracker.run_of("eeee00", "m-eeee00")
+    versions = [tracker.register(run.run_id, "m-promote", "eeee00", tmp_path, digest * 64) for digest in "12"]
+    assert tracker.promote("m-promote", versions[0]).previous_version is None
+    promoted = tracker.promote("m-promote", tracker.version_of("m-promote", "2" * 64))
+    assert (promoted.version, promoted.previous_version) == (versions[1], versions[0])
+    assert str(tracker.client.get_model_version_by_alias("m-promote", "champion").version) == versions[1]
+
+
+def test_an_unregistered_manifest_and_an_unknown_release_are_refused(tracker: Tracker) -> None:
+    with pytest.raises(LightshipError, match="has no version of m-none with manifest 999999999999"):
+        tracker.version_of("m-none", "9" * 64)
+    with pytest.raises(LightshipError, match="has 0 runs of release ffff99, not one"):
+        tracker.runs(["ffff99"])
+
+
+def test_a_run_is_marked_failed_when_its_release_fails(tracker: Tracker) -> None:
+    run = tracker.run_of("abcd00", "m-abcd00")
+    with pytest.raises(LightshipError), run.closed_at_end():
+        raise LightshipError("broken")
+    assert tracker.client.get_run(run.run_id).info.status == "FAILED"
+
+
+def test_a_server_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(LightshipError, match=r"does not answer: .*; check MLFLOW_TRACKING_URI"):
+        Tracker.connect(tmp_path)
