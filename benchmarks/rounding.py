@@ -1,7 +1,7 @@
 """Rounding methods side by side on the embedded model: GPTQ, MSE-grid and absmax/7 after one calibration.
 
-Each method's checkpoint is written, compared with the FP8 source token by token on held-out text, served, and asked every
-demo question. Writes benchmarks/rounding.json and benchmarks/rounding.md.
+Each method's checkpoint is written, compared with the FP8 source token by token on held-out text, served, and asked
+every demo question. Writes benchmarks/rounding.json and benchmarks/rounding.md.
 
     make bench        (or: python benchmarks/rounding.py)
 """

@@ -8,12 +8,12 @@ works without Prefect; a stage whose record exists is read, not run.
 
 from pathlib import Path
 
-from lightship.flows.servers import Servers
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from lightship import summary
 from lightship.errors import LightshipError
+from lightship.flows.servers import Servers
 from lightship.progress import tracked
 from lightship.records import (
     Accuracy,
@@ -143,7 +143,6 @@ def evaluate_quantized(work: Release, servers: Servers) -> Accuracy:
 @task(cache_policy=NO_CACHE)
 def benchmark_both(work: Release, servers: Servers) -> Throughput:
     from lightship.eval.throughput import benchmark
-
     from lightship.text import read_prompts
 
     def run() -> Throughput:
@@ -205,6 +204,9 @@ def promote_champion(work: Release, tracker: Tracker) -> Promoted:
 
 @task(cache_policy=NO_CACHE)
 def write_report(work: Release) -> Path:
-    from lightship.eval.report import write_report as write
+    from lightship.eval import report
+    from lightship.eval.evidence import read_evidence
 
-    return write(work.directory)
+    path = work.directory / "report.html"
+    report.write_report(path, read_evidence(work.directory))
+    return path

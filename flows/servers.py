@@ -4,11 +4,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from lightship.serving.launch import Launched, launched, stage
-
 from lightship.endpoint import Endpoint
 from lightship.records import Quantized, Staged
 from lightship.release import Release
+from lightship.serving.launch import Launched, launched, stage
 
 
 class Servers:

@@ -1,8 +1,8 @@
 """Absmax rounding: each group's largest weight becomes ±7. The baseline that every other method must beat."""
 
 import torch
-from lightship.quant.rounding import Int4Weight, group_amax, round_with_scales
 
+from lightship.quant.rounding import Int4Weight, group_amax, round_with_scales
 from lightship.w4afp8 import INT4_MAX
 
 

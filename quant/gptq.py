@@ -7,9 +7,9 @@ the scale of the group in which it lies in memory, chosen beforehand by the MSE 
 """
 
 import torch
+
 from lightship.quant.mse import best_scales, round_mse
 from lightship.quant.rounding import Int4Weight
-
 from lightship.w4afp8 import GROUP, INT4_MAX, INT4_MIN
 
 BLOCK = 128

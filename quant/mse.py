@@ -5,8 +5,8 @@ asymmetric int4 range [-8, 7] around, so that -8 serves the group's extreme what
 """
 
 import torch
-from lightship.quant.rounding import Int4Weight, group_amax, round_with_scales
 
+from lightship.quant.rounding import Int4Weight, group_amax, round_with_scales
 from lightship.w4afp8 import GROUP, INT4_MAX, INT4_MIN
 
 DIVISORS = torch.arange(6.8, 12.0, 0.1)

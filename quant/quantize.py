@@ -15,13 +15,13 @@ from typing import Any
 
 import msgspec
 import torch
-from lightship.quant.calibrate import HESSIANS
-from lightship.quant.rounding import Rounding, rounding_for
 
 from lightship import __version__
 from lightship.checkpoint import EXPERT, INDEX, Checkpoint, TensorReader
 from lightship.errors import LightshipError
 from lightship.manifest import Manifest, describe_files, write_manifest
+from lightship.quant.calibrate import HESSIANS
+from lightship.quant.rounding import Rounding, rounding_for
 from lightship.recipe import Quantization
 from lightship.records import Calibration, LayerCalibration, Plan, Quantized
 from lightship.w4afp8 import dequantize_fp8_blocks, pack_int4

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+
+from lightship.checkpoint import Checkpoint
 from lightship.quant.calibrate import calibrate
 from lightship.quant.plan import plan_quantization
 from lightship.quant.quantize import quantize
-
-from lightship.checkpoint import Checkpoint
 from lightship.recipe import CalibrationText, Quantization, TextSource
 from lightship.records import Calibration
 from tests.tiny import write_fp8_checkpoint

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from lightship.errors import RecipeError
-from lightship.recipe import load_recipe
+from lightship.recipe import Recipe, Section, load_recipe
 
 ROOT = Path(__file__).parents[1]
 MINIMAL = """
@@ -61,3 +62,19 @@ def test_what_is_not_toml_is_refused(tmp_path: Path) -> None:
 def test_a_missing_recipe_says_where_recipes_are(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="does not exist; recipes/ holds the shipped ones"):
         load_recipe(tmp_path / "absent.toml")
+
+
+def test_the_documentation_names_every_key() -> None:
+    documented = (ROOT / "docs" / "recipes.md").read_text()
+
+    def missing(section: type) -> list[str]:
+        found = []
+        for field in msgspec.structs.fields(section):
+            kind = field.type
+            if isinstance(kind, type) and issubclass(kind, Section):
+                found += [f"[{field.name}]"] * (f"`[{field.name}]`" not in documented) + missing(kind)
+            elif f"`{field.name}`" not in documented:
+                found.append(field.name)
+        return found
+
+    assert missing(Recipe) == []

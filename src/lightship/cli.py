@@ -160,6 +160,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("release", help="release id, or its first characters")
     home(sub)
 
+    sub = command("report", _report, "Write a finished release's report again.", "report 3f2a")
+    sub.add_argument("release", help="release id, or its first characters")
+    home(sub)
+
     sub = command("compare", _compare, "Show releases side by side, from MLflow.", "compare 3f2a 9bc1")
     sub.add_argument("releases", nargs="+", help="release ids, or their first characters")
     home(sub)
@@ -321,6 +325,17 @@ def _promote(arguments: argparse.Namespace) -> int:
     promoted = promote(directory, found.recipe.model, Tracker.connect(arguments.home))
     write_json(directory / "promoted.json", promoted)
     print(summary.sentence(promoted))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from lightship.eval.evidence import read_evidence
+    from lightship.eval.report import write_report
+    from lightship.release import find_release
+
+    directory = arguments.home / "releases" / find_release(arguments.home, arguments.release).release_id
+    write_report(directory / "report.html", read_evidence(directory))
+    print(directory / "report.html")
     return 0
 
 

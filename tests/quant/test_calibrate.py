@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightship.quant.calibrate import HESSIANS, calibrate, input_scale
 from safetensors.torch import load_file
-from tests.conftest import unseen, write_lines
 
 from lightship.causal_lm import load_causal_lm, load_tokenizer, routed_experts
 from lightship.errors import LightshipError
+from lightship.quant.calibrate import HESSIANS, calibrate, input_scale
 from lightship.recipe import CalibrationText, TextSource
 from lightship.records import Calibration
 from lightship.text import read_sequences
+from tests.conftest import unseen, write_lines
 
 LAYER = "model.layers.1.mlp"
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lightship.quant.plan import plan_quantization
-from tests.tiny import write_fp8_checkpoint
 
 from lightship.checkpoint import Checkpoint
 from lightship.errors import CheckpointError
+from lightship.quant.plan import plan_quantization
+from tests.tiny import write_fp8_checkpoint
 
 
 def test_the_planned_size_is_the_written_size(fp8: Path, w4afp8: Path) -> None:

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightship.quant.plan import plan_quantization
-from lightship.quant.quantize import quantize
 from safetensors.torch import load_file, save_file
-from tests.conftest import unseen
 
 from lightship.causal_lm import load_causal_lm
 from lightship.checkpoint import INDEX, Checkpoint
 from lightship.errors import CheckpointError, LightshipError
 from lightship.files import digest_of_file
 from lightship.manifest import MANIFEST, check_files, read_manifest
+from lightship.quant.plan import plan_quantization
+from lightship.quant.quantize import quantize
 from lightship.recipe import Quantization
 from lightship.records import Calibration
+from tests.conftest import unseen
 
 
 def test_the_same_inputs_give_the_same_bytes(quantize_to: Callable[..., Path], tmp_path: Path) -> None:

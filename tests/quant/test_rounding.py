@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lightship.quant.absmax import round_absmax
 from lightship.quant.gptq import inverse_cholesky, round_gptq
 from lightship.quant.mse import round_mse
 from lightship.quant.rounding import Int4Weight, relative_error, rounding_for
-
 from lightship.recipe import Quantization
 from lightship.w4afp8 import dequantize_int4, pack_int4
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightship.quant.verify import verify
 from safetensors.torch import load_file, save_file
 
 from lightship.checkpoint import INDEX
 from lightship.manifest import MANIFEST, describe_files, read_manifest, write_manifest
+from lightship.quant.verify import verify
 
 EXPERT = "model.layers.1.mlp.experts.2"
 Tensors = dict[str, torch.Tensor]

@@ -1,0 +1,73 @@
+"""The same model has no divergence from itself, and the numbers are those of a direct computation."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightship.causal_lm import load_causal_lm, load_tokenizer
+from lightship.errors import EvaluationError
+from lightship.eval import fidelity
+from lightship.eval.fidelity import measure_fidelities, measure_fidelity
+from lightship.recipe import CalibrationText, FidelityText
+from lightship.text import read_sequences
+
+
+@pytest.fixture(scope="module")
+def held_out(text: CalibrationText) -> FidelityText:
+    return FidelityText(sources=text.sources, tokens_per_scene=640, sequence_tokens=64)
+
+
+def test_a_model_is_identical_to_itself(fp8: Path, held_out: FidelityText) -> None:
+    result = measure_fidelity(fp8, fp8, held_out)
+    assert [(s.scene, s.tokens) for s in result.scenes] == [("prose", 630), ("code", 630)]
+    assert (result.kl, result.top1_agreement) == (0.0, 1.0)
+    assert result.scenes[0].perplexity_source == result.scenes[0].perplexity_quantized
+
+
+def test_the_measures_are_those_of_a_direct_computation(fp8: Path, w4afp8: Path, held_out: FidelityText) -> None:
+    scene = measure_fidelity(fp8, w4afp8, held_out).scenes[0]
+    sequences = torch.stack(read_sequences(held_out.sources[0], load_tokenizer(fp8), 640, 64))
+    with torch.inference_mode():
+        p, q = (load_causal_lm(path)(sequences).logits[:, :-1].double().softmax(-1) for path in (fp8, w4afp8))
+    nll = [-x.gather(-1, sequences[:, 1:, None]).log().mean().item() for x in (p, q)]
+    assert scene.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-3)
+    assert scene.kl > 0
+    assert scene.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert [scene.perplexity_source, scene.perplexity_quantized] == pytest.approx([math.exp(x) for x in nll], rel=1e-5)
+
+
+def test_batches_do_not_change_the_result(
+    fp8: Path, w4afp8: Path, held_out: FidelityText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = measure_fidelity(fp8, w4afp8, held_out)
+    monkeypatch.setattr(fidelity, "TOKENS_A_BATCH", 64)
+    assert measure_fidelity(fp8, w4afp8, held_out).kl == pytest.approx(together.kl, rel=1e-3)
+
+
+def test_several_models_are_compared_in_one_pass_over_the_source(
+    fp8: Path, w4afp8: Path, held_out: FidelityText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = measure_fidelity(fp8, w4afp8, held_out)
+    reads: list[object] = []
+    direct = fidelity._log_probabilities
+    monkeypatch.setattr(fidelity, "_log_probabilities", lambda model, ids: reads.append(model) or direct(model, ids))
+    identical, quantized = measure_fidelities(fp8, [fp8, w4afp8], held_out)
+    assert identical.kl == 0.0
+    assert quantized.scenes == alone.scenes
+    assert len(reads) == 3 * len(held_out.sources)
+
+
+def test_a_model_that_gives_no_probabilities_is_named(
+    fp8: Path, held_out: FidelityText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> Callable[..., object]:
+        model = load_causal_lm(path)
+        model.lm_head.weight.data[0] = math.inf
+        return model
+
+    monkeypatch.setattr("lightship.causal_lm.load_causal_lm", broken)
+    with pytest.raises(EvaluationError, match="tiny or its source gives non-finite probabilities on scene 'prose'"):
+        measure_fidelity(fp8, fp8, held_out)
