@@ -101,6 +101,7 @@ def test_promotion_moves_the_alias_and_tells_who_held_it(tracker: Tracker, tmp_p
     assert tracker.promote("m-promote", versions[0]).previous_version is None
     promoted = tracker.promote("m-promote", tracker.version_of("m-promote", "2" * 64))
     assert (promoted.version, promoted.previous_version) == (versions[1], versions[0])
+    assert tracker.promote("m-promote", versions[1]).previous_version is None, "it held the alias itself"
     assert str(tracker.client.get_model_version_by_alias("m-promote", "champion").version) == versions[1]
 
 

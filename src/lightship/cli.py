@@ -27,8 +27,10 @@ DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "PREFECT_LOGGING_LEVEL": "ERROR",
 }
+WITHOUT_SERVER = {"PREFECT_LOGGING_LEVEL": "CRITICAL"}
+"""With Prefect's ephemeral server nobody reads its log, and what matters of it is in our own output."""
+
 USER_ERROR = 2
 
 
@@ -37,7 +39,7 @@ def main() -> NoReturn:
     from lightship.errors import LightshipError
 
     arguments = parser().parse_args()
-    for name, value in DEFAULTS.items():
+    for name, value in (DEFAULTS if "PREFECT_API_URL" in os.environ else DEFAULTS | WITHOUT_SERVER).items():
         os.environ.setdefault(name, value)
     try:
         code = arguments.run(arguments)

@@ -132,7 +132,7 @@ class Tracker:
             version=version,
             alias=CHAMPION,
             manifest_digest=chosen.tags[MANIFEST_TAG],
-            previous_version=None if previous in (None, version) else str(previous),
+            previous_version=None if previous is None or str(previous) == version else str(previous),
         )
 
     def version_of(self, model: str, manifest_digest: str) -> str:

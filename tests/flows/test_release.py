@@ -1,0 +1,219 @@
+"""A release from end to end, as its command: real servers, a real ephemeral Prefect, MLflow on SQLite."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lightship.checkpoint import INDEX
+from lightship.files import read_json
+from lightship.records import Accuracy, Promoted, Staged, Throughput, Verdict
+from lightship.release import ReleaseFile
+from lightship.tracking import Tracker
+from tests.conftest import write_lines
+from tests.eval.puzzles import write_questions
+from tests.tiny import write_fp8_checkpoint
+
+RECIPE = """
+model = "tiny"
+[quantization]
+method = "{method}"
+[calibration]
+tokens_per_scene = 1024
+sequence_tokens = 256
+sources = [{{ scene = "prose", path = "prose.jsonl" }}]
+[serving]
+tp = 2
+[accuracy]
+questions = "puzzles"
+max_tokens = 8
+[fidelity]
+tokens_per_scene = 512
+sequence_tokens = 256
+sources = [{{ scene = "prose", path = "prose.jsonl" }}]
+[throughput]
+concurrencies = [1, 2]
+requests = 4
+prompt_tokens = 32
+output_tokens = 4
+[gate]
+experts_shrink = {shrink}
+"""
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, texts, questions and a recipe."""
+    place = tmp_path_factory.mktemp("release")
+    write_fp8_checkpoint(place / "source", max_position_embeddings=4096)
+    write_lines(place / "prose.jsonl", [f"The ship number {i} leaves the harbour at dawn." for i in range(40)])
+    write_questions(place / "puzzles", {"biology": 3, "law": 3})
+    (place / "recipe.toml").write_text(RECIPE.format(method="mse", shrink=0.45))
+    return place
+
+
+@pytest.fixture(scope="module")
+def lightship(place: Path) -> Run:
+    """Run `lightship` in `place`, with a Prefect home and a lightship home of its own."""
+
+    def run(*arguments: str | Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+        environment = os.environ | {"PREFECT_HOME": str(place / "prefect"), "LIGHTSHIP_HOME": "home"} | variables
+        environment.pop("MLFLOW_TRACKING_URI", None)
+        command = [sys.executable, "-m", "lightship", *map(str, arguments)]
+        return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=240)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def released(lightship: Run, place: Path) -> tuple[Path, str]:
+    """The first release's directory and what its command printed."""
+    done = lightship("release", "source", "--recipe", "recipe.toml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (directory,) = (place / "home" / "releases").iterdir()
+    return directory, done.stdout
+
+
+def test_a_release_ends_promoted_with_every_record(released: tuple[Path, str]) -> None:
+    directory, printed = released
+    assert read_json(directory / "verdict.json", Verdict).decision == "pass"
+    assert read_json(directory / "promoted.json", Promoted).alias == "champion"
+    assert read_json(directory / "staged.json", Staged).tensor_parallel == 2
+    assert len(read_json(directory / "accuracy.json", Accuracy).answers) == 6
+    assert read_json(directory / "throughput.json", Throughput).concurrencies == [1, 2]
+    assert read_json(directory / "release.json", ReleaseFile).release_id == directory.name
+    for said in (f"release {directory.name}", "routed experts", "verdict: pass", "report.html"):
+        assert said in printed
+
+
+def test_the_report_is_one_file_that_asks_nothing_of_the_network(released: tuple[Path, str]) -> None:
+    html = (released[0] / "report.html").read_text()
+    assert released[0].name in html
+    assert "<svg" in html
+    for reaching_out in ('src="http', 'href="http', "@import", "url(http"):
+        assert reaching_out not in html
+
+
+def test_no_server_outlives_the_release(released: tuple[Path, str]) -> None:
+    listing = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(released[0]) not in listing
+
+
+def test_mlflow_has_one_run_with_metrics_artifacts_and_both_aliases(
+    released: tuple[Path, str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tracker = Tracker.connect(place / "home")
+    (run,) = tracker.runs([released[0].name])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["quantization.method"] == "mse"
+    assert {"accuracy", "source/accuracy", "fidelity/kl", "size/experts_shrink"} <= set(run.data.metrics)
+    artifacts = {f.path for f in tracker.client.list_artifacts(run.info.run_id)}
+    assert {
+        "plan.json",
+        "verification.json",
+        "accuracy.json",
+        "throughput.json",
+        "verdict.json",
+        "report.html",
+    } <= artifacts
+    assert not any(name.endswith(".safetensors") for name in artifacts)
+    aliases = tracker.client.get_registered_model("tiny").aliases
+    assert aliases["challenger"] == aliases["champion"]
+
+
+def test_run_twice_it_does_no_work_and_says_so(released: tuple[Path, str], lightship: Run) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (released[0] / "checkpoint").iterdir()}
+    done = lightship("release", "source", "--recipe", "recipe.toml")
+    assert done.returncode == 0, done.stderr
+    assert "every stage was done before; no work was repeated" in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in (released[0] / "checkpoint").iterdir()} == before
+
+
+def test_a_changed_recipe_is_another_release_and_a_failed_gate_promotes_nothing(
+    released: tuple[Path, str], lightship: Run, place: Path
+) -> None:
+    (place / "strict.toml").write_text(RECIPE.format(method="absmax", shrink=0.9))
+    done = lightship("release", "source", "--recipe", "strict.toml")
+    assert done.returncode == 1, done.stderr
+    assert "verdict: fail; not promoted: it stays challenger" in done.stdout
+    assert "source-accuracy" in done.stdout
+    assert "(done before)" in next(line for line in done.stdout.splitlines() if "source-accuracy" in line)
+    other = next(p for p in (place / "home" / "releases").iterdir() if p != released[0])
+    refused = lightship("promote", other.name[:6])
+    assert refused.returncode == 2
+    assert "not promoted, its verdict is fail" in refused.stderr
+    compared = lightship("compare", released[0].name[:6], other.name[:6])
+    assert compared.returncode == 0, compared.stderr
+    assert "quantization.method" in compared.stdout
+    promoted = lightship("promote", released[0].name[:6])
+    assert promoted.returncode == 0, promoted.stderr
+    assert "is champion" in promoted.stdout
+
+
+@pytest.fixture
+def prefect_server(place: Path) -> Iterator[str]:
+    """A real Prefect server; its API's address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {"PREFECT_HOME": str(place / "prefect-server")}
+    log = (place / "prefect.log").open("w")
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=2)
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, (place / "prefect.log").read_text()
+                assert time.monotonic() < deadline, (place / "prefect.log").read_text()
+                time.sleep(0.2)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        log.close()
+
+
+def test_against_a_prefect_server_the_run_and_its_tasks_are_recorded(
+    released: tuple[Path, str], lightship: Run, prefect_server: str
+) -> None:
+    done = lightship("release", "source", "--recipe", "recipe.toml", PREFECT_API_URL=prefect_server)
+    assert done.returncode == 0, done.stderr
+    assert released[0].name in done.stdout
+
+    def ask(what: str) -> list[dict]:
+        request = urllib.request.Request(f"{prefect_server}/{what}/filter", b"{}", {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request, timeout=10))
+
+    (run,) = ask("flow_runs")
+    assert (run["name"], run["state_type"]) == ("release-source", "COMPLETED")
+    tasks = {task["name"].rsplit("-", 1)[0] for task in ask("task_runs")}
+    assert {"plan_tensors", "quantize_experts", "evaluate_quantized", "decide", "promote_champion"} <= tasks
+
+
+def test_a_missing_shard_ends_the_release_with_one_message_and_leaves_nothing(lightship: Run, place: Path) -> None:
+    broken = shutil.copytree(place / "source", place / "broken")
+    shard = sorted(set(json.loads((broken / INDEX).read_text())["weight_map"].values()))[0]
+    (broken / shard).unlink()
+    before = sorted((place / "home" / "releases").iterdir())
+    done = lightship("release", "broken", "--recipe", "recipe.toml")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{shard} is missing" in done.stderr
+    assert sorted((place / "home" / "releases").iterdir()) == before

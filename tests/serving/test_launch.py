@@ -1,0 +1,50 @@
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lightship.errors import ServingError
+from lightship.recipe import Serving
+from lightship.serving.launch import Launched, stage, start
+
+
+def test_staging_records_a_real_greeting(server: Launched, w4afp8_dir: Path) -> None:
+    staged = stage(w4afp8_dir, server, "abc")
+    assert (staged.engine, staged.tensor_parallel, staged.manifest_digest) == ("local", 2, "abc")
+    assert staged.greeting
+    assert 0 < staged.ready_seconds < 120
+    assert staged.command[1:4] == ["-m", "lightship", "serve"]
+    assert "lightship: serving tiny (w4afp8, tp 2) on " + staged.base_url in server.log_file.read_text()
+
+
+def test_two_servers_start_at_once(fp8_dir: Path, w4afp8_dir: Path, tmp_path: Path) -> None:
+    servers = [start(path, Serving(), tmp_path / f"{path.name}.log") for path in (fp8_dir, w4afp8_dir)]
+    try:
+        for server in servers:
+            server.wait_until_ready()
+        urls = [f"{server.endpoint.base_url}/health" for server in servers]
+        assert [httpx.get(url, trust_env=False).status_code for url in urls] == [200, 200]
+    finally:
+        for server in servers:
+            server.stop()
+    assert all(server.process.returncode is not None for server in servers)
+
+
+def test_a_server_that_cannot_start_quotes_its_log(tmp_path: Path) -> None:
+    log_file = tmp_path / "serve.log"
+    server = start(tmp_path, Serving(), log_file)
+    with pytest.raises(ServingError, match=r"ended with exit code [1-9]") as caught:
+        server.wait_until_ready()
+    server.stop()
+    assert "has no config.json" in str(caught.value)
+    assert str(log_file) in str(caught.value)
+
+
+def test_a_server_that_is_too_slow_is_stopped(w4afp8_dir: Path, tmp_path: Path) -> None:
+    server = start(w4afp8_dir, Serving(ready_seconds=1), tmp_path / "serve.log")
+    server.started = time.perf_counter() - 60
+    with pytest.raises(ServingError, match="raise ready_seconds"):
+        server.wait_until_ready()
+    server.stop()
+    assert server.process.returncode is not None

@@ -1,0 +1,158 @@
+"""The command line answers at once, and ends a user's error with one line and exit code 2."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lightship import __version__
+from lightship.checkpoint import INDEX
+from tests.quant.test_quantize import poison
+
+COMMANDS = ["plan", "quantize", "verify", "serve", "evaluate", "bench", "release", "promote", "report", "compare"]
+RECIPE = """
+model = "m"
+[calibration]
+tokens_per_scene = 1024
+sequence_tokens = 256
+sources = [{ scene = "prose", path = "prose.jsonl" }]
+[accuracy]
+questions = "questions"
+[fidelity]
+sources = [{ scene = "prose", path = "prose.jsonl" }]
+"""
+
+
+def lightship(*arguments: str | Path, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "lightship", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def refusal(*arguments: str | Path, cwd: Path | None = None) -> str:
+    """The one line that a refused command prints."""
+    done = lightship(*arguments, cwd=cwd)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("lightship: error: ")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    text = "".join(json.dumps({"text": f"The ship number {i} leaves at dawn."}) + "\n" for i in range(60))
+    (tmp_path / "prose.jsonl").write_text(text)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return tmp_path / "recipe.toml"
+
+
+def test_help_answers_in_under_300_milliseconds_warm() -> None:
+    lightship("--help")
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = lightship("--help")
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.3
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_commands_help_shows_an_example(command: str) -> None:
+    assert f"example: lightship {command}" in lightship(command, "--help").stdout
+
+
+def test_the_version_is_printed() -> None:
+    assert lightship("--version").stdout == f"lightship {__version__}\n"
+
+
+def test_plan_prints_sizes_and_writes_json(fp8: Path, tmp_path: Path) -> None:
+    done = lightship("plan", fp8, "--out", tmp_path / "plan.json")
+    assert done.returncode == 0
+    assert "routed experts, int4 group 128" in done.stdout
+    assert "-48.4%" in done.stdout
+    assert json.loads((tmp_path / "plan.json").read_text())["tensor_parallel"] == [1, 2]
+
+
+def test_quantize_then_verify(fp8: Path, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "w4afp8"
+    done = lightship("quantize", fp8, out, "--recipe", recipe)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in out.parent.iterdir()] == ["w4afp8"], "the calibration is put away"
+    verified = lightship("verify", out, "--source", fp8)
+    assert verified.returncode == 0
+    assert verified.stdout.count("pass") == 9
+    (out / "tokenizer.json").unlink()
+    failed = lightship("verify", out, "--source", fp8)
+    assert failed.returncode == 1
+    assert "tokenizer.json is missing" in failed.stdout
+
+
+def test_a_truncated_shard_is_refused(broken: Path) -> None:
+    shard = sorted(broken.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert f"{shard.name} is truncated" in refusal("plan", broken)
+
+
+def test_a_tensor_missing_from_the_index_is_refused(broken: Path) -> None:
+    index = json.loads((broken / INDEX).read_text())
+    del index["weight_map"]["lm_head.weight"]
+    (broken / INDEX).write_text(json.dumps(index))
+    assert "holds the tensor lm_head.weight" in refusal("plan", broken)
+
+
+def test_a_nan_weight_is_refused_and_leaves_no_output(broken: Path, recipe: Path, tmp_path: Path) -> None:
+    name = poison(broken)
+    out = tmp_path / "out" / "w4afp8"
+    assert name in refusal("quantize", broken, out, "--recipe", recipe)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_an_unknown_recipe_key_is_refused(fp8: Path, recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(RECIPE + "[quantization]\nbits = 3\n")
+    assert "unknown field `bits` - at `$.quantization`" in refusal(
+        "quantize", fp8, tmp_path / "out", "--recipe", recipe
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_indivisible_degree_is_refused(w4afp8: Path) -> None:
+    assert "moe_intermediate_size 256 cannot be served at TP 8" in refusal("serve", w4afp8, "--tp", "8", "--port", "0")
+
+
+def test_a_port_in_use_is_refused(w4afp8: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"port {port} on 127.0.0.1 is in use" in refusal("serve", w4afp8, "--port", str(port))
+
+
+def test_a_missing_input_scale_is_refused_when_serving(w4afp8: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(w4afp8, tmp_path / "copy")
+    (shard,) = copy.glob("*.safetensors")
+    tensors = load_file(shard)
+    del tensors["model.layers.1.mlp.experts.3.w2.input_scale"]
+    save_file(tensors, shard)
+    (copy / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard.name)}))
+    assert "has no tensor model.layers.1.mlp.experts.3.w2.input_scale" in refusal("serve", copy, "--port", "0")
+
+
+def test_a_url_needs_a_tokenizer(recipe: Path) -> None:
+    assert "is a URL: give --tokenizer DIR" in refusal("evaluate", "http://127.0.0.1:9", "--recipe", recipe)
+
+
+def test_a_server_that_is_not_there_is_named(recipe: Path, fp8: Path) -> None:
+    said = refusal("evaluate", "http://127.0.0.1:9", "--tokenizer", fp8, "--recipe", recipe)
+    assert "http://127.0.0.1:9/v1/models does not list a model" in said
+
+
+def test_an_unknown_release_lists_the_known_ones(tmp_path: Path) -> None:
+    os.makedirs(tmp_path / "releases" / "abc")
+    assert "an id that starts with 'f00'; there: abc" in refusal("promote", "f00", "--home", tmp_path)
