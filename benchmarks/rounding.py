@@ -123,9 +123,10 @@ def markdown(result: dict[str, Any]) -> str:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
     return (
         "# Rounding methods on the embedded model\n\n"
-        f"`{result['command']}`, {result['date']}, {result['machine']}. One calibration, four roundings of the same routed "
-        "experts.\nKL is KL(source || quantized) a token on held-out text; weight error is the worst layer's relative "
-        f"squared error;\naccuracy is on all {result['questions']} demo questions through lm-eval.\n\n{table}\n"
+        f"`{result['command']}`, {result['date']}, {result['machine']}.\n\n"
+        "One calibration, four roundings of the same routed experts. KL is KL(source || quantized) a token on\n"
+        "held-out text; weight error is the worst layer's relative squared error; accuracy is on all "
+        f"{result['questions']} demo questions\nthrough lm-eval.\n\n{table}\n"
     )
 
 
