@@ -1,6 +1,6 @@
 """All that a finished release's directory says about it, gathered for its report.
 
-    lightship report RELEASE
+lightship report RELEASE
 """
 
 from pathlib import Path

@@ -371,7 +371,7 @@ def distinct(rng: random.Random, category: str, kinds: list[Kind], *, reserved: 
             yield question
 
 
-def test_questions(seed: int = 2026) -> list[Question]:
+def exam_questions(seed: int = 2026) -> list[Question]:
     """The 400 test questions, balanced over categories, shuffled with the seed."""
     rng = random.Random(seed)
     questions = []
@@ -403,7 +403,7 @@ def read_jsonl(path: Path) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    test, validation = test_questions(), validation_questions()
+    test, validation = exam_questions(), validation_questions()
     assert not {q.digest for q in test} & {q.digest for q in validation}
     write_jsonl(DEMO / "questions" / "test.jsonl", [to_row(q, i) for i, q in enumerate(test)])
     write_jsonl(DEMO / "questions" / "validation.jsonl", [to_row(q, 10_000 + i) for i, q in enumerate(validation)])
