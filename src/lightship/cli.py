@@ -28,7 +28,7 @@ DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
-WITHOUT_SERVER = {"PREFECT_LOGGING_LEVEL": "CRITICAL"}
+WITHOUT_SERVER = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_LOGGING_ROOT_LEVEL": "ERROR"}
 """With Prefect's ephemeral server nobody reads its log, and what matters of it is in our own output."""
 
 USER_ERROR = 2
@@ -299,9 +299,9 @@ def _served(recipe: "Recipe", work: Path, tokenizer: Path | None, *targets: str)
 
 
 def _release(arguments: argparse.Namespace) -> int:
-    from lightship.recipe import load_recipe
+    from lightship.flows.inputs import check_inputs
 
-    load_recipe(arguments.recipe)
+    check_inputs(arguments.source, arguments.recipe)
     from lightship.files import read_json
     from lightship.flows.release import release
     from lightship.records import Verdict

@@ -97,8 +97,8 @@ class Release:
             ReleaseFile(
                 release_id=release.release_id,
                 identity=release.identity,
-                source=str(source.resolve()),
-                recipe_path=str(recipe_path.resolve()),
+                source=str(source),
+                recipe_path=str(recipe_path),
                 recipe=recipe,
                 versions=versions(),
             ),

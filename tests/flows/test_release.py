@@ -207,7 +207,7 @@ def test_against_a_prefect_server_the_run_and_its_tasks_are_recorded(
     assert {"plan_tensors", "quantize_experts", "evaluate_quantized", "decide", "promote_champion"} <= tasks
 
 
-def test_a_missing_shard_ends_the_release_with_one_message_and_leaves_nothing(lightship: Run, place: Path) -> None:
+def test_bad_input_ends_the_release_with_one_message_and_leaves_nothing(lightship: Run, place: Path) -> None:
     broken = shutil.copytree(place / "source", place / "broken")
     shard = sorted(set(json.loads((broken / INDEX).read_text())["weight_map"].values()))[0]
     (broken / shard).unlink()
@@ -216,4 +216,8 @@ def test_a_missing_shard_ends_the_release_with_one_message_and_leaves_nothing(li
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert f"{shard} is missing" in done.stderr
+    (place / "wide.toml").write_text(RECIPE.format(method="mse", shrink=0.45).replace("tp = 2", "tp = 8"))
+    indivisible = lightship("release", "source", "--recipe", "wide.toml")
+    assert indivisible.returncode == 2
+    assert "serves at TP 8, which source cannot be divided by" in indivisible.stderr
     assert sorted((place / "home" / "releases").iterdir()) == before
