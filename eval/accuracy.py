@@ -47,12 +47,13 @@ def evaluate(endpoint: Endpoint, task: AccuracyTask, work: Path) -> Accuracy:
     """
     started = time.monotonic()
     folder = Path(task.questions)
+    name = task.name or folder.name
     questions = read_questions(folder)
     asked = Questions(draw(questions.test, task.limit, task.seed), questions.validation)
     _check_endpoint(endpoint)
     work.mkdir(parents=True, exist_ok=True)
     with _quiet_lm_eval(work / "lm-eval.log"):
-        answers = _ask(endpoint, task, build_tasks(folder.name, asked, task.max_tokens), len(asked.test), work)
+        answers = _ask(endpoint, task, build_tasks(name, asked, task.max_tokens), len(asked.test), work)
     order = {str(q.question_id): i for i, q in enumerate(asked.test)}
     overrides = {"dataset": f"{folder.name} sha256:{questions.digest()}"}
     if task.max_tokens != STOCK_MAX_TOKENS:
@@ -60,7 +61,7 @@ def evaluate(endpoint: Endpoint, task: AccuracyTask, work: Path) -> Accuracy:
     if len(asked.test) < len(questions.test):
         overrides["limit"] = f"{len(asked.test)} of {len(questions.test)}, seed {task.seed}"
     return Accuracy(
-        task=folder.name,
+        task=name,
         answers=sorted(answers, key=lambda a: order[a.question_id]),
         overrides=overrides,
         seconds=time.monotonic() - started,

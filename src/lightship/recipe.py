@@ -63,6 +63,8 @@ class AccuracyTask(Section, frozen=True, kw_only=True):
 
     questions: str
     """A directory with test.jsonl and validation.jsonl in MMLU-Pro's schema."""
+    name: str | None = None
+    """What the task is called; the directory's name if absent."""
     limit: Positive | None = None
     """Ask this many, drawn evenly from the categories; all if absent."""
     seed: int = 0
