@@ -19,6 +19,7 @@ import torch
 from lightship import __version__
 from lightship.checkpoint import EXPERT, INDEX, Checkpoint, TensorReader
 from lightship.errors import LightshipError
+from lightship.files import publish_directory
 from lightship.manifest import Manifest, describe_files, write_manifest
 from lightship.quant.calibrate import HESSIANS
 from lightship.quant.rounding import Rounding, rounding_for
@@ -78,7 +79,7 @@ def quantize(
                 files=describe_files(partial),
             ),
         )
-        partial.rename(out)
+        publish_directory(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Quantized(

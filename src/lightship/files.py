@@ -23,6 +23,15 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def publish_directory(partial: Path, path: Path) -> None:
+    """Give a directory of finished files its name: fsync every file and the directory, rename it, fsync its parent."""
+    for file in partial.iterdir():
+        _fsync(file)
+    _fsync(partial)
+    partial.rename(path)
+    _fsync(path.parent)
+
+
 @contextmanager
 def written_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; on success fsync it and rename it to `path`, on failure delete it."""

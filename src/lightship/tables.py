@@ -1,5 +1,6 @@
 """Records as tables on the terminal."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightship.records import (
     Percentiles,
     Plan,
     Promoted,
+    Staged,
     Throughput,
     Verdict,
     Verification,
@@ -112,6 +114,7 @@ def print_release(directory: Path) -> None:
     comparison = read_json(directory / "comparison.json", Comparison)
     fidelity = read_json(directory / "fidelity.json", Fidelity)
     throughput = read_json(directory / "throughput.json", Throughput)
+    staged = read_json(directory / "staged.json", Staged)
     verdict = read_json(directory / "verdict.json", Verdict)
     table = _table("", "source (FP8)", "W4AFP8", "change", title=f"\n[bold]release {directory.name}[/]")
     table.add_row(
@@ -154,14 +157,15 @@ def print_release(directory: Path) -> None:
     outcome = (
         summary.sentence(read_json(promoted, Promoted)) if promoted.is_file() else "not promoted: it stays challenger"
     )
-    home = directory.parent.parent
+    local = f"mlflow ui --backend-store-uri sqlite:///{directory.parent.parent / 'mlflow.db'}"
+    tracking = os.environ.get("MLFLOW_TRACKING_URI", local)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"\nverdict: [bold {COLOURS[verdict.decision]}]{verdict.decision}[/]; {outcome}")
     console.print(
         "\nwhere to look next\n"
         f"  report      {directory / 'report.html'}\n"
-        f"  serve it    lightship serve {directory / 'checkpoint'} --tp 2\n"
-        f"  MLflow      mlflow ui --backend-store-uri sqlite:///{home / 'mlflow.db'}"
+        f"  serve it    lightship serve {directory / 'checkpoint'} --tp {staged.tensor_parallel}\n"
+        f"  MLflow      {tracking}"
     )
 
 
