@@ -33,6 +33,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	@echo "==> releasing the embedded model, see recipes/demo.toml"
 	@$(BIN)/lightship release demo/checkpoint --recipe recipes/demo.toml --home $(HOME_DIR)
+	@echo "  first       . $(VENV)/bin/activate"
 
 test: $(VENV)/installed
 	@echo "==> testing"

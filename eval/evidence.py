@@ -38,11 +38,12 @@ def read_evidence(directory: Path) -> ReportData:
         f"lightship serve {checkpoint} --tp {staged.tensor_parallel}",
         f"lightship verify {checkpoint} --source {release.source}",
     ]
-    if verdict.decision == "pass":
+    if verdict.decision == "pass" and not (directory / "promoted.json").is_file():
         next_commands.append(f"lightship promote {release.release_id} --home {directory.parent.parent}")
     questions = read_questions(Path(release.recipe.accuracy.questions)).test
     return ReportData(
         release_id=release.release_id,
+        model=release.recipe.model,
         recipe=release.recipe_path,
         source=release.source,
         source_digest=release.identity.source,

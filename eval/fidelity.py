@@ -20,16 +20,22 @@ from lightship.records import Fidelity, SceneFidelity
 if TYPE_CHECKING:
     import torch
 
+    from lightship.experts import Activations
+
 TOKENS_A_BATCH = 2048
 """Bounds the memory of the log-probabilities: this many rows of the vocabulary's size a model."""
 
 
-def measure_fidelity(source: Path, quantized: Path, text: FidelityText) -> Fidelity:
+def measure_fidelity(
+    source: Path, quantized: Path, text: FidelityText, activations: "Activations" = "dynamic"
+) -> Fidelity:
     """Compare one quantized checkpoint with its source; see `measure_fidelities`."""
-    return measure_fidelities(source, [quantized], text)[0]
+    return measure_fidelities(source, [quantized], text, activations)[0]
 
 
-def measure_fidelities(source: Path, quantized: Sequence[Path], text: FidelityText) -> list[Fidelity]:
+def measure_fidelities(
+    source: Path, quantized: Sequence[Path], text: FidelityText, activations: "Activations" = "dynamic"
+) -> list[Fidelity]:
     """Compare several quantized checkpoints with one source, which reads each batch of text once.
 
     All models are in memory at the same time: the log-probabilities of a large vocabulary are bigger than a small
@@ -48,7 +54,7 @@ def measure_fidelities(source: Path, quantized: Sequence[Path], text: FidelityTe
     started = time.monotonic()
     tokenizer = load_tokenizer(source)
     reference = load_causal_lm(source)
-    models = [load_causal_lm(path) for path in quantized]
+    models = [load_causal_lm(path, activations=activations) for path in quantized]
     scenes: list[list[SceneFidelity]] = [[] for _ in models]
     with torch.inference_mode():
         for scene in text.sources:

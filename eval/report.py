@@ -54,6 +54,8 @@ class ReportData:
     """Everything that a report shows: the records of one release."""
 
     release_id: str
+    model: str
+    """The registered model's name."""
     recipe: str
     """Path of the recipe."""
     source: str
@@ -109,7 +111,7 @@ def _head(release: ReportData) -> str:
     else:
         reasons = f"<p>All {len(verdict.rules)} rules of the gate are met.</p>"
     return (
-        f'<p class="eyebrow">lightship release report</p><h1>{escape(Path(release.recipe).stem)}</h1>'
+        f'<p class="eyebrow">lightship release report</p><h1>{escape(release.model)}</h1>'
         f'<p class="soft">Release <code>{escape(release.release_id[:12])}</code> of {escape(release.source)}, '
         f"quantized to W4AFP8 with {escape(release.quantized.method)}</p>"
         f'<div class="verdict {verdict.decision}"><strong>{HEADLINES[verdict.decision]}</strong>{reasons}</div>'
@@ -181,13 +183,13 @@ def _same_model(release: ReportData) -> str:
     c = release.comparison
     return (
         "<h2>Is it still the same model?</h2>"
-        f"<p>Both models answered the same {c.questions:,} questions. {len(c.lost)} were answered correctly by the "
-        f"source only, {len(c.gained)} by the quantized model only; on the other "
+        f"<p>Both models answered the same {c.questions:,} questions. {len(c.lost)} got the right answer from the "
+        f"source only, {len(c.gained)} from the quantized one only; on the other "
         f"{c.questions - len(c.lost) - len(c.gained):,} both are right or both are wrong.</p>"
         + _figure(
             "Accuracy by category",
             plots.accuracy_by_category(release.source_accuracy, release.quantized_accuracy),
-            "In brackets, the questions asked; the axis need not start at zero. The intervals are of each model alone; "
+            "In brackets, the questions asked; the axis may start above zero. The intervals are of each model alone; "
             "the comparison above is paired, which sees smaller differences than overlapping intervals suggest.",
         )
         + _figure(
@@ -352,10 +354,11 @@ def _identity(release: ReportData) -> str:
         for c in release.verification.checks
     )
     commands = escape("\n".join(release.next_commands))
+    served_with = " ".join(["lightship", *staged.command[staged.command.index("serve") :]])
     return (
         f'<h2>Checkpoint verification</h2><div class="scroll"><table class="checks">{checks}</table></div>'
         f'<h2>Identity</h2><table class="identity">{table}</table>'
-        f"<h2>Serve it</h2><p>The evaluated server was started with</p><pre>{escape(' '.join(staged.command))}</pre>"
+        f"<h2>Serve it</h2><p>The evaluated server was started with</p><pre>{escape(served_with)}</pre>"
         f"<p>Its first greedy completion was</p><pre>{escape(staged.greeting)}</pre>"
         f"<h2>Next</h2><pre>{commands}</pre>"
         "<footer>Intervals are at 95 %. The accuracy difference is paired by question, with Tango's score interval and "

@@ -59,7 +59,8 @@ def benchmark(servers: Mapping[Server, Endpoint], load: ThroughputLoad, prompts:
         prompts: token ids, `load.prompt_tokens` each; used in order and, if there are fewer than requests, again.
 
     Raises:
-        EvaluationError: the load is impossible, every request to a server failed, or a server generated another number
+        EvaluationError: the prompts are not as long as the load says, every request to a server failed, or a server
+        generated another number
             of tokens than it was asked for.
     """
     _check(load, prompts)
@@ -83,14 +84,6 @@ def describe_machine() -> str:
 
 
 def _check(load: ThroughputLoad, prompts: Sequence[Prompt]) -> None:
-    if load.requests < max(load.concurrencies):
-        raise EvaluationError(
-            f"throughput.requests is {load.requests}, so a concurrency of {max(load.concurrencies)} would never be "
-            "reached; "
-            "ask for at least as many requests"
-        )
-    if load.output_tokens < 2:
-        raise EvaluationError("throughput.output_tokens is 1; the time per output token needs at least 2")
     if not prompts or any(len(p) != load.prompt_tokens for p in prompts):
         raise EvaluationError(
             f"the recipe promises prompts of {load.prompt_tokens} tokens, but {len(prompts)} prompts of "

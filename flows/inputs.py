@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from lightship.causal_lm import check_architecture
 from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
+from lightship.eval.questions import read_questions
 from lightship.quant.plan import plan_quantization
 from lightship.recipe import load_recipe
-from lightship.release import question_files
 from lightship.text import digest_of_text
 
 
@@ -17,11 +18,23 @@ def check_inputs(source: Path, recipe_path: Path) -> None:
         LightshipError: names what is missing, damaged or impossible.
     """
     recipe = load_recipe(recipe_path)
-    plan = plan_quantization(Checkpoint.open(source))
+    checkpoint = Checkpoint.open(source)
+    plan = plan_quantization(checkpoint)
+    check_architecture(checkpoint)
     if recipe.serving.tp not in plan.tensor_parallel:
         raise LightshipError(
             f"the recipe {recipe_path} serves at TP {recipe.serving.tp}, which {source} cannot be divided by in whole "
             f"groups of 128; possible: {', '.join(map(str, plan.tensor_parallel))}; change `serving.tp`"
         )
+    context = int(checkpoint.config.get("max_position_embeddings", 0))
+    for where, tokens in (
+        ("calibration.sequence_tokens", recipe.calibration.sequence_tokens),
+        ("fidelity.sequence_tokens", recipe.fidelity.sequence_tokens),
+        ("throughput.prompt_tokens + output_tokens", recipe.throughput.prompt_tokens + recipe.throughput.output_tokens),
+    ):
+        if tokens > context:
+            raise LightshipError(
+                f"the recipe {recipe_path}: {where} is {tokens}, the model's context {context}; lower it"
+            )
     digest_of_text([*recipe.calibration.sources, *recipe.fidelity.sources])
-    question_files(Path(recipe.accuracy.questions))
+    read_questions(Path(recipe.accuracy.questions))

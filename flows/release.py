@@ -6,6 +6,7 @@ Runs with Prefect's ephemeral server, or against PREFECT_API_URL. Each task is a
 works without Prefect; a stage whose record exists is read, not run.
 """
 
+import shutil
 from pathlib import Path
 
 from prefect import flow, task
@@ -45,24 +46,25 @@ def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
     """
     work = Release.open(Path(source), Path(recipe), Path(home))
     tracker = Tracker.connect(work.home)
-    run = tracker.run_of(work.release_id, f"{work.recipe.model}-{work.release_id}")
-    run.log_release(work)
-
-    def announce(stage: StageDone) -> None:
-        note = "done before" if stage.cached else f"{stage.seconds:.1f} s"
-        print(f"  {stage.name:<17} {summary.sentence(stage.record)}  ({note})", flush=True)
-        run.log_stage(stage, work.directory)
-
-    work.on_stage = announce
     print(f"release {work.release_id} of {source} by {recipe}", flush=True)
-    with work.locked(), run.closed_at_end():
+    with work.locked(), tracker.run_of(work.release_id, f"{work.recipe.model}-{work.release_id}") as run:
+        run.log_release(work)
+
+        def announce(stage: StageDone) -> None:
+            note = "done before" if stage.cached else f"{stage.seconds:.1f} s"
+            print(f"  {stage.name:<17} {summary.sentence(stage.record)}  ({note})", flush=True)
+            run.log_stage(stage, work.directory)
+
+        work.on_stage = announce
         plan = plan_tensors(work)
         calibration = calibrate_source(work)
         quantized = quantize_experts(work, plan, calibration)
         verification = verify_checkpoint(work)
-        tracker.register(run.run_id, work.recipe.model, work.release_id, work.checkpoint_dir, quantized.manifest_digest)
+        version = tracker.register(
+            run.run_id, work.recipe.model, work.release_id, work.checkpoint_dir, quantized.manifest_digest
+        )
         with Servers(work) as servers:
-            stage_checkpoint(work, servers, quantized)
+            stage_checkpoint(work, servers)
             before = evaluate_source(work, servers)
             after = evaluate_quantized(work, servers)
             throughput = benchmark_both(work, servers)
@@ -74,6 +76,11 @@ def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
         run.log_file(report)
         run.tag("lightship.verdict", verdict.decision)
         run.tag("lightship.promoted", promoted.version if promoted else "no")
+        champion = tracker.champion(work.recipe.model)
+        if promoted and champion != version:
+            print(
+                f"  version {champion} is champion now; `lightship promote {work.release_id}` takes it back", flush=True
+            )
     if not work.ran:
         print("every stage was done before; no work was repeated", flush=True)
     return work.release_id
@@ -98,12 +105,21 @@ def calibrate_source(work: Release) -> Calibration:
 
 @task(cache_policy=NO_CACHE)
 def quantize_experts(work: Release, plan: Plan, calibration: Calibration) -> Quantized:
+    from lightship.quant.calibrate import HESSIANS, calibrate
     from lightship.quant.quantize import quantize
 
     def run() -> Quantized:
-        return quantize(
+        # A checkpoint without its record is of a release that was killed between the two: it is made again.
+        shutil.rmtree(work.checkpoint_dir, ignore_errors=True)
+        hessians = work.directory / HESSIANS
+        if not hessians.is_file():
+            calibrate(work.source.path, work.recipe.calibration, work.directory, tracked)
+        quantized = quantize(
             work.source, plan, calibration, work.directory, work.recipe.quantization, work.checkpoint_dir, tracked
         )
+
+        hessians.unlink()
+        return quantized
 
     return work.stage("quantized", Quantized, run)
 
@@ -112,15 +128,21 @@ def quantize_experts(work: Release, plan: Plan, calibration: Calibration) -> Qua
 def verify_checkpoint(work: Release) -> Verification:
     from lightship.quant.verify import verify
 
-    verification = work.stage("verification", Verification, lambda: verify(work.checkpoint_dir, work.source.path))
-    if not verification.passed:
-        raise LightshipError(f"the checkpoint is not servable: {summary.sentence(verification)}")
-    return verification
+    def run() -> Verification:
+        verification = verify(work.checkpoint_dir, work.source.path)
+        if not verification.passed:
+            raise LightshipError(
+                f"the checkpoint is not servable: {summary.sentence(verification)}; "
+                f"remove {work.directory} to make it again"
+            )
+        return verification
+
+    return work.stage("verification", Verification, run)
 
 
 @task(cache_policy=NO_CACHE)
-def stage_checkpoint(work: Release, servers: Servers, quantized: Quantized) -> Staged:
-    return work.stage("staged", Staged, lambda: servers.stage(quantized))
+def stage_checkpoint(work: Release, servers: Servers) -> Staged:
+    return work.stage("staged", Staged, servers.stage)
 
 
 @task(cache_policy=NO_CACHE)
@@ -157,7 +179,7 @@ def measure_fidelity(work: Release) -> Fidelity:
     from lightship.eval.fidelity import measure_fidelity as measure
 
     def run() -> Fidelity:
-        return measure(work.source.path, work.checkpoint_dir, work.recipe.fidelity)
+        return measure(work.source.path, work.checkpoint_dir, work.recipe.fidelity, work.recipe.serving.activations)
 
     return work.stage("fidelity", Fidelity, run)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lightship.endpoint import Endpoint
-from lightship.records import Quantized, Staged
+from lightship.records import Staged
 from lightship.release import Release
 from lightship.serving.launch import Launched, launched, stage
 
@@ -34,10 +34,9 @@ class Servers:
     def quantized(self) -> Endpoint:
         return self._launched("quantized", self._work.checkpoint_dir).endpoint
 
-    def stage(self, quantized: Quantized) -> Staged:
+    def stage(self) -> Staged:
         """Launch the quantized checkpoint and record that it answers."""
-        server = self._launched("quantized", self._work.checkpoint_dir)
-        return stage(self._work.checkpoint_dir, server, quantized.manifest_digest)
+        return stage(self._work.checkpoint_dir, self._launched("quantized", self._work.checkpoint_dir))
 
     def _launched(self, name: str, path: Path) -> Launched:
         if name not in self._servers:

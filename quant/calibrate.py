@@ -6,17 +6,20 @@ tokens an expert, and the Hessians that GPTQ rounds against.
     lightship quantize demo/checkpoint OUT --recipe recipes/demo.toml
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
-from lightship.causal_lm import load_causal_lm, load_tokenizer, routed_experts
+from lightship.causal_lm import check_architecture, load_causal_lm, load_tokenizer, routed_experts
+from lightship.checkpoint import Checkpoint
 from lightship.errors import CheckpointError
 from lightship.files import read_json, write_json, written_atomically
 from lightship.recipe import CalibrationText
 from lightship.records import Calibration, LayerCalibration
+from lightship.summary import size
 from lightship.text import digest_of_text, read_sequences
 from lightship.w4afp8 import FP8_MAX
 
@@ -85,6 +88,9 @@ def calibrate(
     from safetensors.torch import save_file
 
     start = time.monotonic()
+    checkpoint = Checkpoint.open(source)
+    check_architecture(checkpoint)
+    check_memory(checkpoint, free_memory())
     tokenizer = load_tokenizer(source)
     scenes = {s.scene: read_sequences(s, tokenizer, text.tokens_per_scene, text.sequence_tokens) for s in text.sources}
     model = load_causal_lm(source)
@@ -107,6 +113,7 @@ def calibrate(
     hessians = {f"{n}.{key}": h for n, observer in observers.items() for key, h in observer.hessians.items()}
     with written_atomically(out / HESSIANS) as partial:
         save_file(hessians, partial)
+        partial.chmod(0o644)
     record = Calibration(
         text_digest=digest_of_text(text.sources),
         tokens={scene: sum(len(s) for s in sequences) for scene, sequences in scenes.items()},
@@ -115,6 +122,34 @@ def calibrate(
     )
     write_json(out / RECORD, record)
     return record
+
+
+def needed_memory(checkpoint: Checkpoint) -> int:
+    """Bytes that calibration holds at once: every weight as stored and as float32, and two Hessians an expert."""
+    sizes = checkpoint.dimensions
+    elements = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    experts = len(checkpoint.expert_layers()) * sizes.n_routed_experts
+    return checkpoint.nbytes + 4 * elements + 4 * experts * (sizes.hidden_size**2 + sizes.moe_intermediate_size**2)
+
+
+def free_memory() -> int:
+    """Bytes that this machine can still give."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def check_memory(checkpoint: Checkpoint, free: int) -> None:
+    """Refuse a model that calibration cannot hold, before hours are spent on loading it.
+
+    Raises:
+        CheckpointError: says how much is needed and how much there is.
+    """
+    needed = needed_memory(checkpoint)
+    if needed > free:
+        raise CheckpointError(
+            f"calibrating {checkpoint.path} needs about {size(needed)} of memory, {size(free)} is free: the whole "
+            "model and its statistics are held at once; use a machine with more memory"
+        )
 
 
 def read_calibration(out: Path) -> Calibration:

@@ -6,7 +6,7 @@ lightship plan demo/checkpoint
 from lightship.checkpoint import EXPERT, Checkpoint, TensorInfo
 from lightship.errors import CheckpointError
 from lightship.records import Action, Plan, PlannedTensor
-from lightship.w4afp8 import GROUP
+from lightship.w4afp8 import GROUP, tensor_parallel_degrees
 
 SCALE_BYTES = 2
 """Group scales and input scales are stored as bf16, which is all that the loader keeps of them."""
@@ -44,7 +44,7 @@ def plan_quantization(checkpoint: Checkpoint) -> Plan:
         source=str(checkpoint.path),
         tensors=[_plan_tensor(checkpoint, info) for info in checkpoint.tensors.values()],
         expert_layers=list(layers),
-        tensor_parallel=[tp for tp in (1, 2, 4, 8, 16, 32) if sizes.moe_intermediate_size % (tp * GROUP) == 0],
+        tensor_parallel=tensor_parallel_degrees(sizes.moe_intermediate_size),
     )
 
 

@@ -1,7 +1,7 @@
 """Write the W4AFP8 checkpoint: int4 for the routed experts, everything else byte for byte from the source.
 
-Tensors are streamed: one expert's weights are in memory at a time, and shards are written as they fill. The directory
-appears under its name only when it is whole, manifest included.
+Tensors are streamed: an expert at a time is read and rounded, and a shard is written when it is full, so memory holds
+one shard of the result. The directory appears under its name only when it is whole, manifest included.
 
     lightship quantize demo/checkpoint OUT --recipe recipes/demo.toml
 """
@@ -57,14 +57,22 @@ def quantize(
     if out.exists():
         raise LightshipError(f"{out} exists; remove it or name another directory")
     start = time.monotonic()
+    layers, uncalibrated = _calibrated_layers(checkpoint, plan, calibration)
+    starved = [
+        f"{layer.layer_name}.experts.{expert}"
+        for layer in calibration.layers
+        for expert, tokens in enumerate(layer.tokens_of_experts())
+        if not tokens
+    ]
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        starved = _write_shards(
-            partial, _outputs(checkpoint, plan, calibration, calibration_dir, settings, progress), shard_bytes
-        )
-        _copy_companions(checkpoint.path, partial)
+        outputs = _outputs(checkpoint, plan, layers, calibration_dir, settings, progress)
+        _write_shards(partial, outputs, shard_bytes)
+        for companion in checkpoint.companions():
+            if companion.name not in NOT_COPIED:
+                shutil.copyfile(companion, partial / companion.name)
         config = dict(checkpoint.config, quantization_config=quantization_config())
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         manifest_digest = write_manifest(
@@ -76,6 +84,7 @@ def quantize(
                 calibration_text_digest=calibration.text_digest,
                 quantization=msgspec.to_builtins(settings),
                 experts_without_tokens=starved,
+                layers_without_calibration=uncalibrated,
                 files=describe_files(partial),
             ),
         )
@@ -88,6 +97,7 @@ def quantize(
         manifest_digest=manifest_digest,
         bytes_total=Checkpoint.open(out).nbytes,
         experts_without_tokens=starved,
+        layers_without_calibration=uncalibrated,
         seconds=time.monotonic() - start,
     )
 
@@ -105,25 +115,38 @@ def quantization_config() -> dict[str, Any]:
     }
 
 
-class _Starved(str):
-    """An expert's name among the outputs: calibration never reached it."""
-
-
 Output = tuple[str, torch.Tensor]
+
+
+def _calibrated_layers(
+    checkpoint: Checkpoint, plan: Plan, calibration: Calibration
+) -> tuple[dict[str, LayerCalibration], list[str]]:
+    """Each layer's calibration, and the names of the MTP layers, which borrow that of the last layer before them."""
+    layers = {layer.layer_name: layer for layer in calibration.layers}
+    uncalibrated = []
+    for layer_name in plan.expert_layers:
+        if layer_name in layers:
+            continue
+        if checkpoint.layer_number(layer_name) < checkpoint.dimensions.num_hidden_layers or not calibration.layers:
+            raise LightshipError(
+                f"the calibration lacks {layer_name}: it was made of another checkpoint; calibrate again"
+            )
+        layers[layer_name] = calibration.layers[-1]
+        uncalibrated.append(layer_name)
+    return layers, uncalibrated
 
 
 def _outputs(
     checkpoint: Checkpoint,
     plan: Plan,
-    calibration: Calibration,
+    layers: dict[str, LayerCalibration],
     calibration_dir: Path,
     settings: Quantization,
     progress: Callable[[Iterable[str], str], Iterable[str]],
-) -> Iterator[Output | _Starved]:
-    """The tensors of the result, in the plan's order, with the names of experts that had to do without a Hessian."""
+) -> Iterator[Output]:
+    """The tensors of the result, in the plan's order."""
     reader = checkpoint.reader()
     rounding = rounding_for(settings)
-    layers = {layer.layer_name: layer for layer in calibration.layers}
     hessians = _Hessians(calibration_dir / HESSIANS) if settings.method == "gptq" else None
     actions = {t.name: t.action for t in plan.tensors}
     for name in progress(actions, f"quantizing ({settings.method})"):
@@ -132,17 +155,10 @@ def _outputs(
             continue
         match = EXPERT.match(name)
         assert match
-        if match["part"] != "weight":
-            continue
-        if match["layer_name"] not in layers:
-            raise LightshipError(f"calibration has no layer {match['layer_name']}; calibrate this checkpoint again")
-        layer = layers[match["layer_name"]]
-        hessian = None
-        if hessians:
-            hessian = hessians.get(layer.layer_name, match["expert"], match["projection"])
-            if hessian is None and match["projection"] == "gate_proj":
-                yield _Starved(f"{layer.layer_name}.experts.{match['expert']}")
-        yield from _quantize_weight(reader, name, match["projection"], layer, rounding, hessian)
+        if match["part"] == "weight":
+            layer_name, projection = match["layer_name"], match["projection"]
+            hessian = hessians.get(layer_name, match["expert"], projection) if hessians else None
+            yield from _quantize_weight(reader, name, projection, layers[layer_name], rounding, hessian)
 
 
 def _quantize_weight(
@@ -179,28 +195,30 @@ class _Hessians:
         return self._file.get_tensor(name) if name in self._names else None
 
 
-def _write_shards(path: Path, outputs: Iterable[Output | _Starved], shard_bytes: int) -> list[str]:
-    """Write shards as they fill, then their index under the final names; returns the starved experts' names."""
+def _write_shards(path: Path, outputs: Iterable[Output], shard_bytes: int) -> None:
+    """Write shards as they fill, then their index under the final names."""
     from safetensors.torch import save_file
 
-    starved: list[str] = []
     shards: list[dict[str, int]] = []
     pending: dict[str, torch.Tensor] = {}
+    sizes: dict[str, int] = {}
 
     def flush() -> None:
-        save_file(pending, path / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append({n: t.numel() * t.element_size() for n, t in pending.items()})
+        shard = path / f"shard-{len(shards)}"
+        save_file(pending, shard, metadata={"format": "pt"})
+        shard.chmod(0o644)  # safetensors makes it readable by its owner alone, and a server is often another user
+        shards.append(dict(sizes))
         pending.clear()
+        sizes.clear()
 
-    for output in outputs:
-        if isinstance(output, _Starved):
-            starved.append(str(output))
-            continue
-        name, tensor = output
+    filled = 0
+    for name, tensor in outputs:
         size = tensor.numel() * tensor.element_size()
-        if pending and size + sum(t.numel() * t.element_size() for t in pending.values()) > shard_bytes:
+        if pending and filled + size > shard_bytes:
             flush()
-        pending[name] = tensor.contiguous()
+            filled = 0
+        pending[name], sizes[name] = tensor.contiguous(), size
+        filled += size
     flush()
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards):
@@ -210,11 +228,3 @@ def _write_shards(path: Path, outputs: Iterable[Output | _Starved], shard_bytes:
     total = sum(sum(tensors.values()) for tensors in shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    return starved
-
-
-def _copy_companions(source: Path, out: Path) -> None:
-    """Tokenizer, generation settings, chat template, licence, modelling code: all that is not weights."""
-    for file in source.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in NOT_COPIED:
-            shutil.copyfile(file, out / file.name)

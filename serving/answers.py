@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from lightship.errors import ServingError
-from lightship.serving.generation import Piece, Sequence, Token
+from lightship.serving.generation import Piece, Sequence, SequenceError, Token
 
 Pieces = AsyncIterator[tuple[int, Piece]]
 Json = dict[str, Any]
@@ -52,7 +52,7 @@ class Answers:
             async for index, piece in pieces:
                 yield _event(self._body(self.chunk_object, [self.chunk(index, piece)]) | extra)
         except ServingError as error:
-            yield _event({"error": {"message": str(error), "type": "service_unavailable", "param": None, "code": 503}})
+            yield _event(error_body(str(error), *status_of(error)))
             return
         if usage:
             yield _event(self._body(self.chunk_object, []) | {"usage": self._usage()})
@@ -141,6 +141,16 @@ class ChatAnswers(Answers):
     def _written(self, token: int, logprob: float) -> Json:
         text = self.text_of(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def status_of(error: ServingError) -> tuple[int, str]:
+    """The HTTP status of an engine's error, and OpenAI's type of it."""
+    return (500, "server_error") if isinstance(error, SequenceError) else (503, "service_unavailable")
+
+
+def error_body(message: str, status: int, kind: str) -> Json:
+    """An error as OpenAI writes it."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
 def _event(body: Json) -> str:

@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lightship.errors import ServingError
-from lightship.serving.answers import ChatAnswers, CompletionAnswers
+from lightship.serving.answers import ChatAnswers, CompletionAnswers, error_body, status_of
 from lightship.serving.engine import Deliver, Engine
 from lightship.serving.generation import Piece, Sequence
 from lightship.serving.metrics import Metrics
@@ -45,8 +45,7 @@ class ApiError(Exception):
         self.kind = kind
 
     def response(self) -> JSONResponse:
-        error = {"message": str(self), "type": self.kind, "param": None, "code": self.status}
-        return JSONResponse({"error": error}, status_code=self.status)
+        return JSONResponse(error_body(str(self), self.status, self.kind), status_code=self.status)
 
 
 def create_app(engine: Engine, served: Served) -> FastAPI:
@@ -73,7 +72,12 @@ def create_app(engine: Engine, served: Served) -> FastAPI:
 
     @app.exception_handler(ServingError)
     async def _(_: Request, error: ServingError) -> JSONResponse:
-        return ApiError(503, str(error), "service_unavailable").response()
+        status, kind = status_of(error)
+        return ApiError(status, str(error), kind).response()
+
+    @app.exception_handler(Exception)
+    async def _(_: Request, error: Exception) -> JSONResponse:
+        return ApiError(500, f"the server failed on this request: {type(error).__name__}", "server_error").response()
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -93,26 +97,23 @@ def create_app(engine: Engine, served: Served) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         _check_model(body.model, served, engine)
-        prompts = [_tokens_of(prompt, served.tokenizer) for prompt in body.prompts]
+        prompts = [prompt_of(prompt, served.tokenizer) for prompt in body.prompts]
         prompt_logprobs = body.echo and body.logprobs is not None
         sampling = body.sampling(body.max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
         sequences = _sequences(prompts, sampling, served, streaming=body.stream)
-        echoes = [
-            prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt)
-            for prompt in body.prompts
-            if body.echo
-        ]
+        echoes = [prompt.echo(served.tokenizer) for prompt in prompts] if body.echo else []
         answers = CompletionAnswers(served.name, served.tokenizer, sequences, echoes, body.logprobs)
         return await _answer(request, engine, answers, stream=body.stream, usage=_wants_usage(body))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         _check_model(body.model, served, engine)
-        tokens = _chat_tokens(body, served.tokenizer)
+        text = _chat_text(body, served.tokenizer)
+        tokens = served.tokenizer.encode(text, add_special_tokens=False)
         room = max(1, served.context_tokens - len(tokens))
         logprobs = body.top_logprobs if body.logprobs else None
         sampling = body.sampling(body.max_completion_tokens or body.max_tokens or room, logprobs=logprobs)
-        sequences = _sequences([tokens], sampling, served, streaming=body.stream)
+        sequences = _sequences([Prompt(tokens)], sampling, served, streaming=body.stream)
         answers = ChatAnswers(served.name, served.tokenizer, sequences, logprobs)
         return await _answer(request, engine, answers, stream=body.stream, usage=_wants_usage(body))
 
@@ -198,27 +199,46 @@ def _check_model(model: str | None, served: Served, engine: Engine) -> None:
         raise ApiError(503, "the model is still loading; wait until /health answers 200", "service_unavailable")
 
 
-def _tokens_of(prompt: str | list[int], tokenizer: Any) -> list[int]:
-    return tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model reads it, and the text that a client gave, if it did."""
+
+    tokens: list[int]
+    text: str | None = None
+    unwritten: int = 0
+    """First tokens that the tokenizer put before the client's text; they have no part in it."""
+
+    def echo(self, tokenizer: Any) -> str:
+        """The text to repeat, special tokens written out, as `text_offset` counts them."""
+        return tokenizer.decode(self.tokens, skip_special_tokens=False) if self.text is None else self.text
 
 
-def _chat_tokens(body: ChatRequest, tokenizer: Any) -> list[int]:
+def prompt_of(prompt: str | list[int], tokenizer: Any) -> Prompt:
+    """A completion's prompt, given as text or as token ids."""
+    if not isinstance(prompt, str):
+        return Prompt(prompt)
+    tokens, written = tokenizer.encode(prompt), tokenizer.encode(prompt, add_special_tokens=False)
+    begins = [n for n in range(len(tokens) - len(written) + 1) if tokens[n : n + len(written)] == written]
+    return Prompt(tokens, prompt, max(begins, default=0))
+
+
+def _chat_text(body: ChatRequest, tokenizer: Any) -> str:
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
         raise ApiError(400, "the checkpoint's tokenizer has no chat template; use /v1/completions")
     messages = [message.model_dump() for message in body.messages]
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise ApiError(400, f"messages: the model's chat template refuses them: {error}") from error
-    return tokenizer.encode(text, add_special_tokens=False)
+    return text
 
 
-def _sequences(prompts: list[list[int]], sampling: Any, served: Served, *, streaming: bool) -> list[Sequence]:
+def _sequences(prompts: list[Prompt], sampling: Any, served: Served, *, streaming: bool) -> list[Sequence]:
     if not prompts:
         raise ApiError(400, "prompt: the list of prompts is empty")
-    for prompt in prompts:
+    for prompt in (p.tokens for p in prompts):
         if not prompt:
             raise ApiError(400, "prompt: a prompt has no tokens; give it one or more")
         if len(prompt) + sampling.max_tokens > served.context_tokens:
@@ -229,4 +249,4 @@ def _sequences(prompts: list[list[int]], sampling: Any, served: Served, *, strea
             )
         if not 0 <= min(prompt) <= max(prompt) < served.vocabulary:
             raise ApiError(400, f"prompt: token ids must be from 0 to {served.vocabulary - 1}")
-    return [Sequence(prompt, sampling, streaming) for prompt in prompts]
+    return [Sequence(p.tokens, sampling, streaming, p.unwritten) for p in prompts]

@@ -7,11 +7,18 @@ CONTEXT = 6
 
 
 class TextStream:
-    """Grows a text by tokens; a character whose bytes are not all there yet waits for the rest."""
+    """Grows a text by tokens; a character whose bytes are not all there yet waits for the rest.
 
-    def __init__(self, tokenizer: Any, before: list[int], stop: tuple[str, ...] = ()) -> None:
+    Args:
+        before: tokens before the text's first.
+        stop: strings that end the text.
+        special: write special tokens too.
+    """
+
+    def __init__(self, tokenizer: Any, before: list[int], stop: tuple[str, ...] = (), *, special: bool = False) -> None:
         self.tokenizer = tokenizer
         self.stop = stop
+        self.special = special
         self.text = ""
         self.stopped = False
         self._tokens = before[-CONTEXT:]
@@ -45,4 +52,4 @@ class TextStream:
         return len(self.text)
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return self.tokenizer.decode(tokens, skip_special_tokens=not self.special)

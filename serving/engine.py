@@ -7,9 +7,10 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from lightship.errors import ServingError
-from lightship.serving.generation import Generator, Piece, Sequence
+from lightship.serving.generation import Generator, Piece, Sequence, SequenceError
 from lightship.serving.metrics import Metrics
 from lightship.serving.ranks import Ranks
+from lightship.serving.sampling import Sampling
 
 Deliver = Callable[[Piece | Exception], object]
 """Told each piece of a sequence, the last with a finish reason, or why there are none; called from engine threads."""
@@ -18,8 +19,10 @@ Deliver = Callable[[Piece | Exception], object]
 class Engine:
     """Runs sequences until it is stopped or fails; then `failure` says why, and everyone waiting is told.
 
+    A sequence that fails by itself is told alone; only the model's or a rank's failure ends the engine.
+
     Args:
-        on_ready: called once the model is loaded, from the engine's thread.
+        on_ready: called once the model is loaded and warm, from the engine's thread.
     """
 
     def __init__(
@@ -69,14 +72,14 @@ class Engine:
         with self._lock:
             self._stopping = True
         self._inbox.put(lambda _: None)
-        self._thread.join(seconds)
+        self._thread.join(1 if self.failure else seconds)  # a thread that waits for a dead rank may never end
         self.ranks.close()
 
     def _live(self) -> None:
         try:
-            self.ranks.load()
-            self.ranks.watch(self._fail)
+            self.ranks.load(self._fail)
             generator = Generator(self.ranks.run, self.tokenizer, self.eos)
+            _warm_up(generator)
             self.ready = True
             self._on_ready()
             while not self._stopping:
@@ -97,10 +100,12 @@ class Engine:
         except Empty:
             pass
 
-    def _deliver(self, pieces: list[tuple[Sequence, Piece]]) -> None:
+    def _deliver(self, pieces: list[tuple[Sequence, Piece | SequenceError]]) -> None:
         now = time.perf_counter()
         for sequence, piece in pieces:
-            if piece.finish_reason:
+            if isinstance(piece, SequenceError):
+                deliver = self._listeners.pop(sequence.id, None)
+            elif piece.finish_reason:
                 self.metrics.generated_tokens.inc(len(sequence.generated))
                 self.metrics.sequence_seconds.observe(now - sequence.submitted)
                 assert sequence.first_token is not None
@@ -120,3 +125,11 @@ class Engine:
             listeners, self._listeners = self._listeners, {}
         for deliver in listeners.values():
             deliver(ServingError(f"the engine has stopped: {error}"))
+
+
+def _warm_up(generator: Generator) -> None:
+    """Run one token through every rank: the experts expand their weights on first use, which takes time and memory."""
+    generator.add(Sequence([0], Sampling(max_tokens=1, temperature=0)))
+    [(_, piece)] = generator.step()
+    if isinstance(piece, SequenceError):
+        raise piece

@@ -7,9 +7,11 @@
 
 A step holds one token of each running sequence and up to STEP_TOKENS tokens of prompts, longer prompts in several
 steps: a newcomer waits for one step at most while there is room, and nobody waits for a long prompt. Pure bookkeeping
-around `run`; neither threads nor processes are known here.
+around `run`; neither threads nor processes are known here. What fails in one sequence's bookkeeping ends that sequence;
+what fails in `run` ends the step.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 
+from lightship.errors import ServingError
 from lightship.serving.detokenize import TextStream
 from lightship.serving.ragged import Span, Step
 from lightship.serving.sampling import Likelihood, Sampling, draw, likelihoods
@@ -28,6 +31,10 @@ STEP_TOKENS = 2048
 RUNNING = 32
 """Sequences in flight at once; more wait."""
 _ids = count()
+
+
+class SequenceError(ServingError):
+    """One sequence has failed by itself; the others go on."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class Sequence:
     sampling: Sampling
     streaming: bool = False
     """Give a piece a step, not one at the end."""
+    unwritten: int = 0
+    """First tokens of the prompt that the tokenizer put before the client's text, and that its echo lacks."""
     id: int = field(default_factory=lambda: next(_ids))
     generated: list[int] = field(default_factory=list)
     read: int = 0
@@ -88,7 +97,7 @@ class _Output:
         self.tokens: list[Token] = []
         self.pushed = self.text_given = self.tokens_given = self.echoed = 0
         if sampling.prompt_logprobs:
-            self.echo = TextStream(tokenizer, [])
+            self.echo = TextStream(tokenizer, [], special=True)
             self._add_prompt_token(None)
 
     def add_prompt(self, rows_QV: torch.Tensor) -> None:
@@ -129,7 +138,8 @@ class _Output:
     def _add_prompt_token(self, likelihood: Likelihood | None) -> None:
         token = self.sequence.prompt[len(self.tokens)]
         self.tokens.append(Token(token, len(self.echo.text), likelihood))
-        self.echo.push([token])
+        if len(self.tokens) > self.sequence.unwritten:
+            self.echo.push([token])
         self.echoed = len(self.echo.text)
 
 
@@ -164,11 +174,11 @@ class Generator:
         elif self.running.pop(sequence.id, None):
             self._ended.append(sequence.id)
 
-    def step(self) -> list[tuple[Sequence, Piece]]:
-        """Compute one step for everyone; returns what the requests are to be told."""
-        while self.waiting and len(self.running) < RUNNING:
-            newcomer = self.waiting.popleft()
-            self.running[newcomer.id] = _Output(newcomer, self.tokenizer)
+    def step(self) -> list[tuple[Sequence, Piece | SequenceError]]:
+        """Compute one step for everyone; returns what the requests are to be told, an error as a sequence's last."""
+        told = self._admit()
+        if not self.running:
+            return told
         spans: list[Span] = []
         budget = STEP_TOKENS
         for output in self.running.values():
@@ -178,17 +188,32 @@ class Generator:
         rows_NV = self.run(Step(spans, self._ended))
         self._ended = []
         greedy = rows_NV.argmax(-1).tolist()
-        pieces = []
         end = 0
         for span in spans:
             begin, end = end, end + span.logits
-            piece = self._advance(self.running[span.sequence], span, rows_NV[begin:end], greedy[begin:end])
+            output = self.running[span.sequence]
+            piece: Piece | SequenceError | None
+            try:
+                piece = self._advance(output, span, rows_NV[begin:end], greedy[begin:end])
+            except Exception as error:
+                piece = _failed(output.sequence, error)
             if piece:
-                pieces.append((self.running[span.sequence].sequence, piece))
-                if piece.finish_reason:
+                told.append((output.sequence, piece))
+                if isinstance(piece, SequenceError) or piece.finish_reason:
                     del self.running[span.sequence]
                     self._ended.append(span.sequence)
-        return pieces
+        return told
+
+    def _admit(self) -> list[tuple[Sequence, Piece | SequenceError]]:
+        """Let those that wait join while there is room; returns those that cannot be served."""
+        refused: list[tuple[Sequence, Piece | SequenceError]] = []
+        while self.waiting and len(self.running) < RUNNING:
+            newcomer = self.waiting.popleft()
+            try:
+                self.running[newcomer.id] = _Output(newcomer, self.tokenizer)
+            except Exception as error:
+                refused.append((newcomer, _failed(newcomer, error)))
+        return refused
 
     def _advance(self, output: _Output, span: Span, rows_QV: torch.Tensor, greedy: list[int]) -> Piece | None:
         sequence, sampling = output.sequence, output.sequence.sampling
@@ -204,3 +229,9 @@ class Generator:
         token = draw(rows_QV[-1], sampling, output.random) if output.random else greedy[-1]
         ended = token in self.eos and not sampling.ignore_eos
         return output.piece(output.add(token, rows_QV[-1], ended=ended))
+
+
+def _failed(sequence: Sequence, error: Exception) -> SequenceError:
+    """What the client is told; the log gets the traceback."""
+    logging.getLogger(__name__).error("sequence %d has failed", sequence.id, exc_info=error)
+    return SequenceError(f"the server failed on this request: {type(error).__name__}: {error}")

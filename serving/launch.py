@@ -1,14 +1,14 @@
 """Launch a server as a process of its own, wait until it answers, and put it away: staging, evaluation, comparison.
 
     with launched(path, Serving(tp=2), Path("serve.log")) as server:
-        staged = stage(path, server, manifest_digest)
+        staged = stage(path, server)
 
 Two servers at once: `start` both, then `wait_until_ready` for both.
 """
 
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +17,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lightship.checkpoint import MANIFEST
 from lightship.endpoint import Endpoint
 from lightship.errors import ServingError
+from lightship.files import digest_of_file
+from lightship.manifest import check_files
 from lightship.recipe import Serving
 from lightship.records import Staged
 from lightship.serving.serve import WHILE_STDIN_OPEN
@@ -28,13 +31,16 @@ GREETING_TOKENS = 16
 GRACE_SECONDS = 15
 POLL_SECONDS = 0.1
 LOG_LINES = 20
+READY = re.compile(r"^lightship: serving .* on (http://\S+) after [\d.]+ s$", re.MULTILINE)
+"""What a server says once it is ready: the address that it, and nobody else, listens on."""
 
 
 @dataclass
 class Launched:
     """A server process that is loading or ready."""
 
-    endpoint: Endpoint
+    path: Path
+    name: str
     command: list[str]
     settings: Serving
     log_file: Path
@@ -42,9 +48,17 @@ class Launched:
     started: float = field(default_factory=time.perf_counter)
     ready_seconds: float = 0.0
     """From the start to the first healthy answer; 0 until `wait_until_ready`."""
+    base_url: str = ""
+    """Read from the server's log by `wait_until_ready`."""
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where a ready server answers."""
+        assert self.base_url, "wait_until_ready comes first"
+        return Endpoint(self.base_url, self.name, self.path)
 
     def wait_until_ready(self) -> None:
-        """Return when /health answers 200.
+        """Return when the server has said that it is ready, and /health at its address answers 200.
 
         Raises:
             ServingError: the process ends, or is not ready within the recipe's `ready_seconds`.
@@ -52,12 +66,11 @@ class Launched:
         import httpx
 
         while self.process.poll() is None:
-            try:
-                if httpx.get(f"{self.endpoint.base_url}/health", timeout=5, trust_env=False).status_code == 200:
-                    self.ready_seconds = time.perf_counter() - self.started
+            said = READY.search(self.log_file.read_text(encoding="utf-8", errors="replace"))
+            with suppress(httpx.TransportError):
+                if said and httpx.get(f"{said[1]}/health", timeout=5, trust_env=False).status_code == 200:
+                    self.base_url, self.ready_seconds = said[1], time.perf_counter() - self.started
                     return
-            except httpx.TransportError:
-                pass
             if time.perf_counter() - self.started > self.settings.ready_seconds:
                 raise self._failed(
                     f"is not ready after {self.settings.ready_seconds} s; raise ready_seconds in the recipe's [serving]"
@@ -96,7 +109,6 @@ def start(path: Path, settings: Serving, log_file: Path, port: int = 0, name: st
         name: what clients call the model; the directory's name if None.
     """
     name = name or path.resolve().name
-    port = port or _free_port()
     command = [
         *(sys.executable, "-m", "lightship", "serve", str(path), "--tp", str(settings.tp), "--host", "127.0.0.1"),
         *("--port", str(port), "--activations", settings.activations, "--name", name),
@@ -111,7 +123,7 @@ def start(path: Path, settings: Serving, log_file: Path, port: int = 0, name: st
             start_new_session=True,
             env=os.environ | {WHILE_STDIN_OPEN: "1"},
         )
-    return Launched(Endpoint(f"http://127.0.0.1:{port}", name, path), command, settings, log_file, process)
+    return Launched(path, name, command, settings, log_file, process)
 
 
 @contextmanager
@@ -131,14 +143,16 @@ def launched(
         server.stop()
 
 
-def stage(path: Path, server: Launched, manifest_digest: str) -> Staged:
-    """Greet a ready server with one greedy completion, and record that it answered.
+def stage(path: Path, server: Launched) -> Staged:
+    """Check `path`, which the ready server serves, against its manifest, greet the server, and record that it answered.
 
     Raises:
+        CheckpointError: a file is not what the manifest says.
         ServingError: it does not answer, or answers with an error.
     """
     import httpx
 
+    check_files(path)
     body = {"model": server.endpoint.model, "prompt": GREETING, "max_tokens": GREETING_TOKENS, "temperature": 0}
     try:
         response = httpx.post(f"{server.endpoint.base_url}/v1/completions", json=body, timeout=60, trust_env=False)
@@ -152,13 +166,7 @@ def stage(path: Path, server: Launched, manifest_digest: str) -> Staged:
         base_url=server.endpoint.base_url,
         command=server.command,
         tensor_parallel=server.settings.tp,
-        manifest_digest=manifest_digest,
+        manifest_digest=digest_of_file(path / MANIFEST),
         ready_seconds=server.ready_seconds,
         greeting=response.json()["choices"][0]["text"],
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

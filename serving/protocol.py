@@ -1,6 +1,6 @@
 """Requests of the OpenAI API as the local engine takes them; what it cannot do is refused, never ignored.
 
-Fields that do not change the answer (`user`, `metadata`, …) are allowed and unused.
+Every field is either used, or in NEUTRAL with a value that means "off", or in UNUSED; the refusal names it.
 """
 
 from typing import Annotated, Any, Self
@@ -14,26 +14,55 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "num_beams": (1,),
     "logit_bias": ({},),
+    "bad_words": ([],),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
     "suffix": ("",),
     "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
     "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
 }
-"""Fields that the local engine has only one value for, which it then accepts."""
+"""Fields that the local engine cannot change, and the values, beside null, that ask for what it does anyway."""
+UNUSED = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id"),
+        "parallel_tool_calls",  # says nothing without tools
+        "max_gen_toks",  # lm-eval's own name, which it leaves in place beside max_tokens
+    }
+)
+"""Fields that do not change the answer."""
+
+Stop = Annotated[str, Field(min_length=1)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(BaseModel, extra="forbid"):
     include_usage: bool = False
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(BaseModel, extra="forbid"):
     """What completions and chat completions share."""
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: int | None = None
-    stop: str | list[Annotated[str, Field(min_length=1)]] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | list[Stop] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -41,11 +70,14 @@ class GenerationRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def refuse_unsupported(cls, data: Any) -> Any:
+        """Check the fields that the model has no attribute for, and leave them out; "forbid" refuses the others."""
+        if not isinstance(data, dict):
+            return data
         for name, neutral in NEUTRAL.items():
-            value = data.get(name) if isinstance(data, dict) else None
+            value = data.get(name)
             if value is not None and value not in neutral:
                 raise ValueError(f"engine local does not support {name} = {value!r}, only {neutral[0]!r}")
-        return data
+        return {name: value for name, value in data.items() if name not in NEUTRAL and name not in UNUSED}
 
     def sampling(self, max_tokens: int, *, logprobs: int | None, prompt_logprobs: bool = False) -> Sampling:
         """The engine's view of this request."""

@@ -13,6 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -27,6 +28,8 @@ from lightship.experts import Activations, TensorParallel
 from lightship.serving.ragged import RaggedModel, Step
 
 LOOPBACK = "127.0.0.1"
+CONNECT_SECONDS = 60
+"""All ranks have loaded when they connect, so that they find one another at once, or never."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Ranks:
         self.workers: list[ForkServerProcess] = []
         self.pipes: list[Connection] = []
         self._closed = False
+        self._reaping = threading.Lock()
         if shard.size > 1:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__, "transformers.models.deepseek_v3.modeling_deepseek_v3"])
@@ -63,8 +67,11 @@ class Ranks:
                 self.workers.append(worker)
                 self.pipes.append(ours)
 
-    def load(self) -> None:
+    def load(self, on_death: Callable[[ServingError], None] | None = None) -> None:
         """Load rank 0's shard, wait for the others', and connect.
+
+        Args:
+            on_death: called, from a thread, when a worker that has loaded ends before `close`.
 
         Raises:
             CheckpointError, ServingError: from `load_causal_lm`; or a worker could not load its shard.
@@ -79,7 +86,15 @@ class Ranks:
             if problem is not None:
                 raise ServingError(f"tensor-parallel rank {rank} cannot load: {problem}")
         if self.workers:
-            _connect(self._store, 0, self.shard.size)
+            if on_death:
+                threading.Thread(target=self._watch, args=(on_death,), daemon=True).start()
+            try:
+                _connect(self._store, 0, self.shard.size)
+            except RuntimeError:
+                dead = self._dead_within(seconds=2)
+                if dead:
+                    raise dead from None
+                raise
 
     def run(self, step: Step) -> torch.Tensor:
         """Run a step on every rank; returns rank 0's logits.
@@ -98,17 +113,6 @@ class Ranks:
                 raise dead from None
             raise
 
-    def watch(self, on_death: Callable[[ServingError], None]) -> None:
-        """Call `on_death`, from a thread, when a worker ends before `close`."""
-
-        def wait_for_death() -> None:
-            dead = self._dead_within(None)
-            if dead and not self._closed:
-                on_death(dead)
-
-        if self.workers:
-            threading.Thread(target=wait_for_death, daemon=True).start()
-
     def close(self) -> None:
         """End all workers now, and leave the process group."""
         self._closed = True
@@ -119,9 +123,15 @@ class Ranks:
         for worker in self.workers:
             worker.join()
 
+    def _watch(self, on_death: Callable[[ServingError], None]) -> None:
+        dead = self._dead_within(None)
+        if dead and not self._closed:
+            on_death(dead)
+
     def _dead_within(self, seconds: float | None) -> ServingError | None:
         wait([worker.sentinel for worker in self.workers], seconds)
-        return next((_died(r, w) for r, w in enumerate(self.workers, start=1) if not w.is_alive()), None)
+        with self._reaping:  # an exit code can be read once
+            return next((_died(r, w) for r, w in enumerate(self.workers, start=1) if not w.is_alive()), None)
 
 
 def _follow(shard: Shard, rank: int, port: int, pipe: Connection) -> None:
@@ -158,7 +168,9 @@ def _store(port: int, size: int, *, is_master: bool = False) -> Any:
 def _connect(store: Any, rank: int, size: int) -> None:
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=CONNECT_SECONDS))
+    # sums may wait for longer: for a rank that expands its weights, or is starved
+    dist.distributed_c10d._set_pg_timeout(dist.constants.default_pg_timeout)
 
 
 def _died(rank: int, worker: ForkServerProcess) -> ServingError:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: to divide logits by them overflows, and would draw the likeliest token anyway."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -11,7 +14,7 @@ class Sampling:
 
     max_tokens: int
     temperature: float = 1.0
-    """0 is greedy."""
+    """0, and what is below GREEDY_BELOW, is greedy."""
     top_p: float = 1.0
     seed: int | None = None
     """None draws a new one."""
@@ -24,7 +27,7 @@ class Sampling:
 
     def generator(self) -> torch.Generator | None:
         """The request's own source of randomness; None if it is greedy."""
-        if self.temperature == 0:
+        if self.temperature < GREEDY_BELOW:
             return None
         generator = torch.Generator()
         if self.seed is None:

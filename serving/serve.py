@@ -52,9 +52,11 @@ def serve(
         served_name: what clients call the model; the directory's name if None.
 
     Raises:
-        ServingError: the port is in use, the experts cannot be divided by `tp`, or a rank has died.
+        ServingError: `tp` is below 1, the port is in use, the experts cannot be divided by `tp`, or a rank has died.
         CheckpointError: the checkpoint cannot be loaded.
     """
+    if tp < 1:
+        raise ServingError(f"tensor parallelism {tp} is not possible: give --tp 1 or more")
     os.environ.setdefault(
         "OMP_WAIT_POLICY", "PASSIVE"
     )  # read when torch is imported; threads that spin starve a busy machine

@@ -57,6 +57,19 @@ def test_a_directory_without_a_model_says_what_to_give(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
+@pytest.mark.parametrize("companion", ["chat_template.jinja", "tokenizer.json", "config.json", "modeling.py"])
+def test_the_digest_changes_with_a_companion(fp8: Path, broken: Path, companion: str) -> None:
+    with (broken / companion).open("a") as file:
+        file.write("\n")
+    assert Checkpoint.open(broken).digest != Checkpoint.open(fp8).digest
+
+
+def test_an_index_without_a_weight_map_is_named(broken: Path) -> None:
+    (broken / INDEX).write_text("{}")
+    with pytest.raises(CheckpointError, match="has no weight_map"):
+        Checkpoint.open(broken)
+
+
 def test_the_digest_changes_with_one_weight(fp8: Path, broken: Path) -> None:
     assert Checkpoint.open(broken).digest == Checkpoint.open(fp8).digest
     data = bytearray((broken / SHARD).read_bytes())

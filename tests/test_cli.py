@@ -26,6 +26,8 @@ sources = [{ scene = "prose", path = "prose.jsonl" }]
 questions = "questions"
 [fidelity]
 sources = [{ scene = "prose", path = "prose.jsonl" }]
+[gate]
+kl = 0.1
 """
 
 
@@ -142,6 +144,20 @@ def test_a_missing_input_scale_is_refused_when_serving(w4afp8: Path, tmp_path: P
     save_file(tensors, shard)
     (copy / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard.name)}))
     assert "has no tensor model.layers.1.mlp.experts.3.w2.input_scale" in refusal("serve", copy, "--port", "0")
+
+
+@pytest.mark.parametrize("option", [("--tp", "0"), ("--tp", "-1"), ("--port", "99999")])
+def test_an_impossible_number_is_refused(w4afp8: Path, option: tuple[str, str]) -> None:
+    done = lightship("serve", w4afp8, *option)
+    assert done.returncode == 2
+    assert f"argument {option[0]}: '{option[1]}' is not a whole number from" in done.stderr
+
+
+def test_an_architecture_that_transformers_lacks_is_refused(broken: Path, recipe: Path, tmp_path: Path) -> None:
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "kimi_k2"}))
+    said = refusal("quantize", broken, tmp_path / "out", "--recipe", recipe)
+    assert "config.json: model_type 'kimi_k2' is not one that transformers" in said
 
 
 def test_a_url_needs_a_tokenizer(recipe: Path) -> None:

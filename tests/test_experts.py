@@ -1,9 +1,11 @@
 """The experts modules compute what the formats say, whole and in tensor-parallel shards."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from lightship.checkpoint import Checkpoint
@@ -93,10 +95,15 @@ def test_an_indivisible_degree_names_the_possible_ones(w4afp8: Path, degree: int
         W4AFP8Experts.load(Checkpoint.open(w4afp8).reader(), LAYER, TensorParallel(0, degree))
 
 
-def test_the_layers_input_scale_is_the_maximum_over_its_experts(w4afp8: Path) -> None:
-    reader = Checkpoint.open(w4afp8).reader()
-    module = W4AFP8Experts.load(reader, LAYER, TensorParallel())
-    assert float(module.w2_input_scale) == float(reader.read(f"{LAYER}.experts.0.w2.input_scale"))
+def test_the_layers_input_scale_is_the_maximum_over_its_experts(w4afp8: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(w4afp8, tmp_path / "copy")
+    (shard,) = copy.glob("*.safetensors")
+    tensors = load_file(shard)
+    tensors[f"{LAYER}.experts.4.w2.input_scale"] *= 4
+    tensors[f"{LAYER}.experts.5.w2.input_scale"] /= 4
+    save_file(tensors, shard)
+    module = W4AFP8Experts.load(Checkpoint.open(copy).reader(), LAYER, TensorParallel())
+    assert float(module.w2_input_scale) == float(tensors[f"{LAYER}.experts.4.w2.input_scale"])
 
 
 def test_a_missing_tensor_is_named(fp8: Path) -> None:

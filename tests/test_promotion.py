@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightship.errors import CheckpointError, LightshipError, PromotionError
+from lightship.errors import CheckpointError, PromotionError
 from lightship.files import digest_of_file, write_json
 from lightship.manifest import MANIFEST
 from lightship.promotion import promote
@@ -36,7 +36,9 @@ def directory(w4afp8: Path, tmp_path: Path, tracker: Tracker) -> Path:
         greeting="hello",
     )
     write_json(directory / "staged.json", staged)
-    tracker.register(tracker.run_of("abc123", "m").run_id, "m", "abc123", checkpoint, digest)
+    run = tracker.run_of("abc123", "m")
+    tracker.register(run.run_id, "m", "abc123", checkpoint, digest)
+    tracker.register(run.run_id, "m", "another", checkpoint, digest)
     return directory
 
 
@@ -78,5 +80,5 @@ def test_another_manifest_than_the_evaluated_one_is_refused(directory: Path, tra
 
 
 def test_an_unfinished_release_is_refused(tmp_path: Path, tracker: Tracker) -> None:
-    with pytest.raises(LightshipError, match=r"verdict\.json does not exist"):
+    with pytest.raises(PromotionError, match="release none is unfinished"):
         promote(tmp_path / "none", "m", tracker)

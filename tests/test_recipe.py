@@ -17,6 +17,9 @@ sources = [{ scene = "prose", path = "text/prose.jsonl" }]
 questions = "questions"
 [fidelity]
 sources = [{ scene = "prose", path = "text/heldout.jsonl" }]
+[gate]
+unparsed = 0.1
+accuracy_loss = 0.1
 """
 
 
@@ -44,7 +47,7 @@ def test_every_shipped_recipe_loads(shipped: Path) -> None:
         ("[quantization]\nmethods = 'mse'\n", r"unknown field `methods` - at `\$.quantization`"),
         ("[quantization]\nmethod = 'awq'\n", r"Invalid enum value 'awq' - at `\$.quantization.method`"),
         ("[serving]\ntp = 0\n", r"`int` >= 1 - at `\$.serving.tp`"),
-        ("[gate]\nkl = 'small'\n", r"got `str` - at `\$.gate.kl`"),
+        ("[throughput]\nrequests = 4\nconcurrencies = [8]\n", "requests 4 never reach a concurrency of 8"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tmp_path: Path, added: str, message: str) -> None:
@@ -54,9 +57,22 @@ def test_a_wrong_key_or_value_is_named(tmp_path: Path, added: str, message: str)
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("rule", ["kl = 'small'", "unparsed = 2.0"])
+def test_a_wrong_rule_is_named(tmp_path: Path, rule: str) -> None:
+    with pytest.raises(RecipeError, match=rf"at `\$\.gate\.{rule.split()[0]}`"):
+        load_recipe(write(tmp_path, MINIMAL.replace("unparsed = 0.1", rule)))
+
+
+def test_a_gate_that_would_promote_any_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="the gate needs accuracy_loss or kl"):
+        load_recipe(write(tmp_path, MINIMAL.replace("accuracy_loss = 0.1", "")))
+
+
 def test_what_is_not_toml_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="is not TOML"):
+    with pytest.raises(RecipeError, match="is not a TOML file"):
         load_recipe(write(tmp_path, "model = "))
+    with pytest.raises(RecipeError, match="is not a TOML file"):
+        load_recipe(tmp_path)
 
 
 def test_a_missing_recipe_says_where_recipes_are(tmp_path: Path) -> None:

@@ -95,26 +95,36 @@ def test_registering_references_the_weights_and_uploads_none(tracker: Tracker, t
     assert registered.source.startswith("models:/m-")
 
 
+def test_an_older_release_registered_again_takes_no_alias_back(tracker: Tracker, tmp_path: Path) -> None:
+    run = tracker.run_of("dddd01", "m-dddd01")
+    first = tracker.register(run.run_id, "m-again", "dddd01", tmp_path, "a" * 64)
+    second = tracker.register(run.run_id, "m-again", "dddd02", tmp_path, "a" * 64)
+    assert tracker.register(run.run_id, "m-again", "dddd01", tmp_path, "a" * 64) == first
+    assert str(tracker.client.get_model_version_by_alias("m-again", "challenger").version) == second
+
+
 def test_promotion_moves_the_alias_and_tells_who_held_it(tracker: Tracker, tmp_path: Path) -> None:
     run = tracker.run_of("eeee00", "m-eeee00")
-    versions = [tracker.register(run.run_id, "m-promote", "eeee00", tmp_path, digest * 64) for digest in "12"]
+    versions = [tracker.register(run.run_id, "m-promote", name, tmp_path, "e" * 64) for name in ("eeee00", "eeee01")]
     assert tracker.promote("m-promote", versions[0]).previous_version is None
-    promoted = tracker.promote("m-promote", tracker.version_of("m-promote", "2" * 64))
+    promoted = tracker.promote("m-promote", tracker.version_of("m-promote", "eeee01", "e" * 64))
     assert (promoted.version, promoted.previous_version) == (versions[1], versions[0])
     assert tracker.promote("m-promote", versions[1]).previous_version is None, "it held the alias itself"
     assert str(tracker.client.get_model_version_by_alias("m-promote", "champion").version) == versions[1]
 
 
 def test_an_unregistered_manifest_and_an_unknown_release_are_refused(tracker: Tracker) -> None:
-    with pytest.raises(LightshipError, match="has no version of m-none with manifest 999999999999"):
-        tracker.version_of("m-none", "9" * 64)
+    with pytest.raises(
+        LightshipError, match="has no version of m-none that is release ffff99 with manifest 999999999999"
+    ):
+        tracker.version_of("m-none", "ffff99", "9" * 64)
     with pytest.raises(LightshipError, match="has 0 runs of release ffff99, not one"):
         tracker.runs(["ffff99"])
 
 
 def test_a_run_is_marked_failed_when_its_release_fails(tracker: Tracker) -> None:
     run = tracker.run_of("abcd00", "m-abcd00")
-    with pytest.raises(LightshipError), run.closed_at_end():
+    with pytest.raises(LightshipError), run:
         raise LightshipError("broken")
     assert tracker.client.get_run(run.run_id).info.status == "FAILED"
 

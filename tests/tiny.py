@@ -35,14 +35,19 @@ SIZES: dict[str, Any] = {
 }
 
 
-def write_fp8_checkpoint(path: Path, *, seed: int = 0, shards: int = 2, **sizes: Any) -> Path:
-    """Write a random FP8 checkpoint of SIZES (any of them overridden) to `path`, in `shards` safetensors files."""
+def write_fp8_checkpoint(path: Path, *, seed: int = 0, shards: int = 2, mtp: bool = False, **sizes: Any) -> Path:
+    """Write a random FP8 checkpoint of SIZES (any of them overridden) to `path`, in `shards` safetensors files.
+
+    With `mtp`, a multi-token-prediction layer follows the last one, named as DeepSeek-V3 names it.
+    """
     from transformers import AutoModelForCausalLM, DeepseekV3Config
 
     path.mkdir(parents=True, exist_ok=True)
-    config = SIZES | sizes
+    config = SIZES | {"num_nextn_predict_layers": int(mtp)} | sizes
     torch.manual_seed(seed)
-    model: Any = AutoModelForCausalLM.from_config(DeepseekV3Config(**config, initializer_range=0.05))
+    model: Any = AutoModelForCausalLM.from_config(
+        DeepseekV3Config(**config | {"num_nextn_predict_layers": 0}, initializer_range=0.05)
+    )
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         if name.endswith("experts.gate_up_proj"):
@@ -62,6 +67,11 @@ def write_fp8_checkpoint(path: Path, *, seed: int = 0, shards: int = 2, **sizes:
             _put_fp8(tensors, name, tensor)
         else:
             tensors[name] = tensor.bfloat16()
+    if mtp:
+        last, extra = f"model.layers.{config['num_hidden_layers'] - 1}.", f"model.layers.{config['num_hidden_layers']}."
+        tensors |= {extra + n.removeprefix(last): t.clone() for n, t in tensors.items() if n.startswith(last)}
+        _put_fp8(tensors, extra + "eh_proj.weight", torch.randn(config["hidden_size"], 2 * config["hidden_size"]))
+        tensors |= {extra + n: torch.ones(config["hidden_size"]).bfloat16() for n in ("enorm.weight", "hnorm.weight")}
     names = sorted(tensors)
     weight_map = {
         n: f"model-{i * shards // len(names) + 1:05d}-of-{shards:05d}.safetensors" for i, n in enumerate(names)

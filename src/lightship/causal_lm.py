@@ -59,6 +59,7 @@ def load_causal_lm(
     checkpoint = Checkpoint.open(path)
     reader = checkpoint.reader()
     tp.shard(checkpoint.dimensions.moe_intermediate_size)
+    check_architecture(checkpoint)
     config = AutoConfig.from_pretrained(path)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -75,6 +76,23 @@ def load_causal_lm(
             model.set_submodule(name, FP8Linear(dequantize_fp8_blocks(q_OI, scale_inv, dtype)))
     _load_unquantized(model, reader, dtype)
     return model.eval().requires_grad_(False)
+
+
+def check_architecture(checkpoint: Checkpoint) -> None:
+    """Refuse a model that transformers cannot build.
+
+    Raises:
+        CheckpointError: names the model type.
+    """
+    from transformers import __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = checkpoint.config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: model_type {model_type!r} is not one that transformers {__version__} "
+            "can build without the release's own code, which lightship does not run"
+        )
 
 
 def routed_experts(model: Any) -> dict[str, RoutedExperts]:

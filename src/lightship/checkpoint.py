@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MANIFEST = "lightship.json"
+"""Written by lightship beside the weights; see `lightship.manifest`."""
 BYTES_OF = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 
 EXPERT = re.compile(
-    r"(?P<layer_name>.*\.layers\.(?P<layer>\d+)\.mlp)\.experts\.(?P<expert>\d+)\."
+    r"(?P<layer_name>.*\.layers\.\d+\.mlp)\.experts\.(?P<expert>\d+)\."
     r"(?P<projection>gate_proj|up_proj|down_proj)\.(?P<part>weight|weight_scale_inv)$"
 )
 """Names of the routed experts' tensors, as DeepSeek, Kimi and their relatives release them."""
@@ -72,7 +74,9 @@ class Checkpoint:
         config = _json(config_file)
         index_file = path / INDEX
         if index_file.is_file():
-            weight_map: dict[str, str] = _json(index_file)["weight_map"]
+            weight_map = _json(index_file).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index_file} has no weight_map; download it again")
         elif (path / SINGLE).is_file():
             weight_map = dict.fromkeys(read_header(path / SINGLE), SINGLE)
         else:
@@ -126,9 +130,15 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the content of every shard, the configuration and the tokenizer: the identity of the model."""
-        names = [*self.shards, *sorted(p.name for p in self.path.glob("*.json") if not p.name.startswith("lightship"))]
-        return digest_of({name: digest_of_file(self.path / name) for name in names})
+        """SHA-256 over the content of every shard and every companion: the identity of the model."""
+        return digest_of(
+            {p.name: digest_of_file(p) for p in [*(self.path / s for s in self.shards), *self.companions()]}
+        )
+
+    def companions(self) -> list[Path]:
+        """Every file that is not weights: configuration, tokenizer, chat template, modelling code, licence."""
+        files = (p for p in self.path.iterdir() if p.is_file() and not p.name.startswith("."))
+        return sorted(p for p in files if p.suffix != ".safetensors" and p.name not in (INDEX, MANIFEST))
 
     def info(self, name: str) -> TensorInfo:
         """The tensor's description.
@@ -145,15 +155,18 @@ class Checkpoint:
         """A reader that keeps its shards memory-mapped while it is used."""
         return TensorReader(self)
 
+    @staticmethod
+    def layer_number(layer_name: str) -> int:
+        """`model.layers.3.mlp` -> 3."""
+        return int(layer_name.split(".layers.")[1].split(".")[0])
+
     def expert_layers(self) -> dict[str, int]:
         """Names of the layers with routed experts (`model.layers.3.mlp`) -> how many experts each has, in order."""
         counts: dict[str, set[int]] = {}
-        numbers: dict[str, int] = {}
         for name in self.tensors:
             if match := EXPERT.match(name):
                 counts.setdefault(match["layer_name"], set()).add(int(match["expert"]))
-                numbers[match["layer_name"]] = int(match["layer"])
-        return {name: len(counts[name]) for name in sorted(counts, key=numbers.__getitem__)}
+        return {name: len(counts[name]) for name in sorted(counts, key=self.layer_number)}
 
 
 class TensorReader:
@@ -208,9 +221,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if 8 + length > size:
             raise CheckpointError(f"{path} is not a safetensors file or is truncated in its header ({size} bytes)")
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: Any = json.loads(file.read(length))
         except ValueError:
             raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON") from None
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():

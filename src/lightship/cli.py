@@ -6,6 +6,7 @@ Nothing heavy is imported before a command needs it, so `lightship --help` answe
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,7 +29,12 @@ DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
-WITHOUT_SERVER = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_LOGGING_ROOT_LEVEL": "ERROR"}
+WITHOUT_SERVER = {
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_ROOT_LEVEL": "ERROR",
+    # Ctrl-C ends the ephemeral server too; the flow must not wait a minute for it to answer.
+    "PREFECT_CLIENT_MAX_RETRIES": "0",
+}
 """With Prefect's ephemeral server nobody reads its log, and what matters of it is in our own output."""
 
 USER_ERROR = 2
@@ -39,6 +45,14 @@ def main() -> NoReturn:
     from lightship.errors import LightshipError
 
     arguments = parser().parse_args()
+    interrupted: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        interrupted.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     for name, value in (DEFAULTS if "PREFECT_API_URL" in os.environ else DEFAULTS | WITHOUT_SERVER).items():
         os.environ.setdefault(name, value)
     try:
@@ -46,8 +60,12 @@ def main() -> NoReturn:
     except LightshipError as error:
         print(f"lightship: error: {error}", file=sys.stderr)
         code = USER_ERROR
-    except KeyboardInterrupt:
-        code = 130
+    except BaseException as error:
+        # What an interrupt unwinds may fail in its own way, as Prefect does when its server was interrupted first.
+        if not interrupted or isinstance(error, SystemExit):
+            raise
+        print("lightship: interrupted; the same command goes on from the last finished stage", file=sys.stderr)
+        code = 128 + interrupted[0]
     sys.exit(code)
 
 
@@ -117,9 +135,9 @@ def parser() -> argparse.ArgumentParser:
         "serve demo/checkpoint --tp 2",
     )
     sub.add_argument("checkpoint", type=Path, help="FP8 or W4AFP8 checkpoint directory")
-    sub.add_argument("--tp", type=int, default=1, help="tensor-parallel processes (default: %(default)s)")
+    sub.add_argument("--tp", type=_from(1, 64), default=1, help="tensor-parallel processes (default: %(default)s)")
     sub.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    sub.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    sub.add_argument("--port", type=_from(0, 65535), default=8000, help="port to listen on (default: %(default)s)")
     sub.add_argument(
         "--activations",
         choices=["dynamic", "static"],
@@ -172,6 +190,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _from(least: int, most: int) -> Callable[[str], int]:
+    """An argument's type: a whole number in this range."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return number
+
+
 def _plan(arguments: argparse.Namespace) -> int:
     from lightship import summary
     from lightship.checkpoint import Checkpoint
@@ -218,10 +247,13 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from lightship.errors import LightshipError
     from lightship.files import write_json
     from lightship.quant.verify import verify
     from lightship.tables import show, verification_table
 
+    if not arguments.checkpoint.is_dir():
+        raise LightshipError(f"{arguments.checkpoint} is not a directory; give that of a W4AFP8 checkpoint")
     verification = verify(arguments.checkpoint, arguments.source)
     show(verification_table(verification))
     if arguments.out:
@@ -281,6 +313,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _served(recipe: "Recipe", work: Path, tokenizer: Path | None, *targets: str) -> "Iterator[list[Endpoint]]":
     """The endpoint of each target; directories are launched by the recipe, URLs are taken as they are."""
+    from lightship.checkpoint import Checkpoint
     from lightship.endpoint import Endpoint
     from lightship.errors import LightshipError
     from lightship.serving.launch import launched
@@ -289,10 +322,11 @@ def _served(recipe: "Recipe", work: Path, tokenizer: Path | None, *targets: str)
         endpoints = []
         for number, target in enumerate(targets):
             if not target.startswith(("http://", "https://")):
+                Checkpoint.open(Path(target))
                 server = launched(Path(target), recipe.serving, work / f"serve-{number}.log")
                 endpoints.append(stack.enter_context(server).endpoint)
-            elif tokenizer is None:
-                raise LightshipError(f"{target} is a URL: give --tokenizer DIR, the model's tokenizer")
+            elif tokenizer is None or not tokenizer.is_dir():
+                raise LightshipError(f"{target} is a URL: give --tokenizer DIR, a directory with the model's tokenizer")
             else:
                 endpoints.append(Endpoint.connect(target, tokenizer))
         yield endpoints
@@ -342,9 +376,12 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    from lightship.release import find_release
     from lightship.tables import runs_tables, show
     from lightship.tracking import Tracker
 
+    for release_id in arguments.releases:
+        find_release(arguments.home, release_id)
     for table in runs_tables(Tracker.connect(arguments.home).runs(arguments.releases)):
         show(table)
     return 0

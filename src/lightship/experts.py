@@ -27,6 +27,7 @@ from lightship.w4afp8 import (
     dequantize_int4,
     round_groups_through_fp8,
     round_through_fp8,
+    tensor_parallel_degrees,
     token_scales,
 )
 
@@ -54,8 +55,8 @@ class TensorParallel:
         Raises:
             ServingError: the parts would not be whole groups of 128, on which int4 and FP8 scales are laid out.
         """
-        if intermediate % self.size or (intermediate // self.size) % GROUP:
-            degrees = [n for n in (1, 2, 4, 8, 16, 32) if intermediate % (n * GROUP) == 0]
+        if self.size < 1 or intermediate % self.size or (intermediate // self.size) % GROUP:
+            degrees = tensor_parallel_degrees(intermediate)
             raise ServingError(
                 f"moe_intermediate_size {intermediate} cannot be served at TP {self.size}: each shard must be a "
                 f"multiple of {GROUP}, the quantization group; possible degrees: {', '.join(map(str, degrees))}"

@@ -8,10 +8,9 @@ from typing import Any
 
 import msgspec
 
+from lightship.checkpoint import MANIFEST
 from lightship.errors import CheckpointError
 from lightship.files import digest_of_file, read_json, write_json
-
-MANIFEST = "lightship.json"
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -30,6 +29,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     calibration_text_digest: str
     quantization: dict[str, Any]
     experts_without_tokens: list[str]
+    layers_without_calibration: list[str]
     files: dict[str, FileEntry]
 
 

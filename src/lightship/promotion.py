@@ -21,6 +21,8 @@ def promote(directory: Path, model: str, tracker: Tracker) -> Promoted:
         CheckpointError: a file of the checkpoint differs from its manifest.
         LightshipError: the release is unfinished, or not registered.
     """
+    if not (directory / "verdict.json").is_file():
+        raise PromotionError(f"release {directory.name} is unfinished; run its `lightship release` again, it goes on")
     verdict = read_json(directory / "verdict.json", Verdict)
     if verdict.decision != "pass":
         raise PromotionError(f"{directory.name} is not promoted, its verdict is {summary.sentence(verdict)}")
@@ -31,6 +33,6 @@ def promote(directory: Path, model: str, tracker: Tracker) -> Promoted:
     if found != staged.manifest_digest:
         raise PromotionError(
             f"{directory.name} is not promoted: its manifest is {found[:12]}, what was evaluated had "
-            f"{staged.manifest_digest[:12]}; release it again"
+            f"{staged.manifest_digest[:12]}; remove {directory} and release it again"
         )
-    return tracker.promote(model, tracker.version_of(model, found))
+    return tracker.promote(model, tracker.version_of(model, directory.name, found))

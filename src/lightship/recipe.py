@@ -88,7 +88,11 @@ class ThroughputLoad(Section, frozen=True, kw_only=True):
     """Timed requests a server and concurrency, in turns between the servers."""
     warmup_requests: Positive = 2
     prompt_tokens: Positive = 256
-    output_tokens: Positive = 32
+    output_tokens: Annotated[int, msgspec.Meta(ge=2)] = 32
+
+    def __post_init__(self) -> None:
+        if self.requests < max(self.concurrencies):
+            raise ValueError(f"requests {self.requests} never reach a concurrency of {max(self.concurrencies)}")
 
 
 class Gate(Section, frozen=True, kw_only=True):
@@ -115,7 +119,11 @@ class Recipe(Section, frozen=True, kw_only=True):
     accuracy: AccuracyTask
     fidelity: FidelityText
     throughput: ThroughputLoad = ThroughputLoad()
-    gate: Gate = Gate()
+    gate: Gate
+
+    def __post_init__(self) -> None:
+        if self.gate.accuracy_loss is None and self.gate.kl is None:
+            raise ValueError("the gate needs accuracy_loss or kl: without one it would promote any model")
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -128,8 +136,8 @@ def load_recipe(path: Path) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"the recipe {path} does not exist; recipes/ holds the shipped ones") from None
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"the recipe {path} is not TOML: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"the recipe {path} is not a TOML file: {error}") from error
     try:
         return msgspec.convert(_with_absolute_paths(table, path.resolve().parent), Recipe)
     except msgspec.ValidationError as error:

@@ -103,6 +103,8 @@ class Quantized(Record, frozen=True, kw_only=True):
     bytes_total: int
     experts_without_tokens: list[str]
     """Experts that calibration never reached, rounded without a Hessian: `model.layers.3.mlp.experts.7`."""
+    layers_without_calibration: list[str]
+    """MTP layers, which the forward pass does not run: rounded by MSE, with the last layer's input scales."""
     seconds: float
 
 

@@ -84,26 +84,14 @@ class Release:
 
     @classmethod
     def open(cls, source: Path, recipe_path: Path, home: Path) -> "Release":
-        """Identify the release of `source` by the recipe and make its directory.
+        """Identify the release of `source` by the recipe; nothing is written.
 
         Raises:
             LightshipError: source, recipe, texts or questions cannot be read.
         """
         checkpoint = Checkpoint.open(source)
         recipe = load_recipe(recipe_path)
-        release = cls(home, checkpoint, recipe, recipe_path, identify(checkpoint, recipe))
-        write_json(
-            release.directory / "release.json",
-            ReleaseFile(
-                release_id=release.release_id,
-                identity=release.identity,
-                source=str(source),
-                recipe_path=str(recipe_path),
-                recipe=recipe,
-                versions=versions(),
-            ),
-        )
-        return release
+        return cls(home, checkpoint, recipe, recipe_path, identify(checkpoint, recipe))
 
     @property
     def release_id(self) -> str:
@@ -121,8 +109,10 @@ class Release:
     @property
     def source_directory(self) -> Path:
         """Shared by all releases whose source is measured in the same way."""
-        how = [self.identity.source, self.identity.questions, self.identity.code, self.identity.engine]
-        return self.home / "sources" / digest_of([*how, self.recipe.accuracy.seed, self.recipe.accuracy])[:ID_LENGTH]
+        identity, recipe = self.identity, self.recipe
+        how = [identity.source, identity.questions, identity.code, identity.engine, task_name(recipe)]
+        settings = settings_of(recipe)
+        return self.home / "sources" / digest_of([*how, settings["accuracy"], settings["serving"]])[:ID_LENGTH]
 
     def stage(self, name: str, kind: type[R], run: Callable[[], R], directory: Path | None = None) -> R:
         """The stage's record: read if it is finished, else run and written; the record is the mark of being finished.
@@ -131,11 +121,12 @@ class Release:
         """
         path = (directory or self.directory) / f"{name}.json"
         start = time.monotonic()
-        cached = path.is_file()
-        record = read_json(path, kind) if cached else run()
-        if not cached:
-            write_json(path, record)
-            self.ran.append(name)
+        with _lock(directory, wait=True) if directory else contextlib.nullcontext():
+            cached = path.is_file()
+            record = read_json(path, kind) if cached else run()
+            if not cached:
+                write_json(path, record)
+                self.ran.append(name)
         if directory and not self.finished(name):
             write_json(self.directory / f"{name}.json", record)
         self.on_stage(StageDone(name, record, cached, time.monotonic() - start))
@@ -146,26 +137,42 @@ class Release:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the release's lock.
+        """Make the release's directory, hold its lock, and say in release.json what the release is.
 
         Raises:
             LightshipError: another process works on this release.
         """
-        with (self.directory / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise LightshipError(
-                    f"another process is working on release {self.release_id} ({self.directory}); wait for it"
-                ) from None
+        with _lock(self.directory, wait=False):
+            write_json(
+                self.directory / "release.json",
+                ReleaseFile(
+                    release_id=self.release_id,
+                    identity=self.identity,
+                    source=str(self.source.path),
+                    recipe_path=str(self.recipe_path),
+                    recipe=self.recipe,
+                    versions=versions(),
+                ),
+            )
             yield
+
+
+@contextlib.contextmanager
+def _lock(directory: Path, *, wait: bool) -> Iterator[None]:
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LightshipError(f"another process is working on {directory}; wait for it to end") from None
+        yield
 
 
 def identify(source: Checkpoint, recipe: Recipe) -> Identity:
     """Hash what decides the release. Paths do not count, the content behind them does."""
     return Identity(
         source=source.digest,
-        recipe=digest_of(_without_paths(msgspec.to_builtins(recipe))),
+        recipe=digest_of([settings_of(recipe), task_name(recipe)]),
         texts=digest_of([digest_of_text(recipe.calibration.sources), digest_of_text(recipe.fidelity.sources)]),
         questions=digest_of([digest_of_file(p) for p in question_files(Path(recipe.accuracy.questions))]),
         code=digest_of_code(),
@@ -214,6 +221,18 @@ def find_release(home: Path, release_id: str) -> ReleaseFile:
         many = "no release" if not found else "more than one release"
         raise LightshipError(f"{many} in {home} has an id that starts with {release_id!r}; there: {known}")
     return read_json(home / "releases" / found[0] / "release.json", ReleaseFile)
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's settings without its paths: what is behind them counts, where it lies does not."""
+    settings = _without_paths(msgspec.to_builtins(recipe))
+    assert isinstance(settings, dict)
+    return settings
+
+
+def task_name(recipe: Recipe) -> str:
+    """What the accuracy task is called."""
+    return recipe.accuracy.name or Path(recipe.accuracy.questions).name
 
 
 def _without_paths(value: Any) -> Any:

@@ -75,9 +75,11 @@ def _(calibration: Calibration) -> dict[str, float]:
 
 @sentence.register
 def _(quantized: Quantized) -> str:
-    starved = len(quantized.experts_without_tokens)
-    return f"{quantized.method}; {size(quantized.bytes_total)}" + (
-        f"; {starved} experts without calibration tokens were rounded by mse" if starved else ""
+    starved, mtp = len(quantized.experts_without_tokens), len(quantized.layers_without_calibration)
+    return (
+        f"{quantized.method}; {size(quantized.bytes_total)}"
+        + (f"; {starved} experts saw no calibration token" if starved else "")
+        + (f"; {mtp} MTP layer rounded without calibration" if mtp else "")
     )
 
 
@@ -136,7 +138,7 @@ def _(accuracy: Accuracy) -> dict[str, float]:
 
 @sentence.register
 def _(fidelity: Fidelity) -> str:
-    return f"KL {fidelity.kl:.4f} nats a token, same first token {fidelity.top1_agreement:.1%}"
+    return f"KL {fidelity.kl:.4f} nats a token, same top token {fidelity.top1_agreement:.1%}"
 
 
 @metrics.register
@@ -204,7 +206,7 @@ def _(verdict: Verdict) -> dict[str, float]:
 @sentence.register
 def _(promoted: Promoted) -> str:
     before = f", in place of version {promoted.previous_version}" if promoted.previous_version else ""
-    return f"{promoted.model} version {promoted.version} is {promoted.alias}{before}"
+    return f"{promoted.model} version {promoted.version} became {promoted.alias}{before}"
 
 
 @metrics.register

@@ -35,7 +35,7 @@ def show(table: Table) -> None:
     """Print a table; lines are not cut when the output is not a terminal."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=200)
     console.print(table)
 
 
@@ -116,7 +116,7 @@ def print_release(directory: Path) -> None:
     throughput = read_json(directory / "throughput.json", Throughput)
     staged = read_json(directory / "staged.json", Staged)
     verdict = read_json(directory / "verdict.json", Verdict)
-    table = _table("", "source (FP8)", "W4AFP8", "change", title=f"\n[bold]release {directory.name}[/]")
+    table = _table("", "source (FP8)", "W4AFP8", "change", title=f"[bold]release {directory.name}[/]")
     table.add_row(
         "size",
         size(plan.bytes_before),
@@ -146,6 +146,7 @@ def print_release(directory: Path) -> None:
             f"{after.queries_per_minute:.1f}",
             f"{throughput.ratio(c):.2f}x",
         )
+    print()
     show(table)
     rules = _table("gate", "", "value", "limit", "why")
     for rule in verdict.rules:

@@ -10,8 +10,9 @@ import logging
 import math
 import os
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import msgspec
 from lightship import summary
 from lightship.errors import LightshipError
 from lightship.records import Promoted
-from lightship.release import ID_LENGTH, Release, StageDone, versions
+from lightship.release import ID_LENGTH, Release, StageDone, settings_of, versions
 
 EXPERIMENT = "lightship"
 RELEASE_TAG = "lightship.release_id"
@@ -35,6 +36,16 @@ def _mlflow() -> Any:
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     return mlflow
+
+
+def _check_answers(url: str) -> None:
+    """MLflow's own client retries for minutes before it says that nobody answers."""
+    try:
+        urllib.request.urlopen(url, timeout=10)
+    except urllib.error.HTTPError:
+        return
+    except OSError as error:
+        raise LightshipError(f"MLflow at {url} does not answer: {error}; check MLFLOW_TRACKING_URI") from error
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,8 @@ class Tracker:
         home.mkdir(parents=True, exist_ok=True)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home / 'mlflow.db').resolve()}"
         local = uri.startswith("sqlite:")
+        if uri.startswith("http"):
+            _check_answers(uri)
         client = mlflow.MlflowClient(uri)
         try:
             experiment = client.get_experiment_by_name(EXPERIMENT)
@@ -97,34 +110,36 @@ class Tracker:
             found += runs
         return found
 
-    def register(self, run_id: str, model: str, name: str, checkpoint: Path, manifest_digest: str) -> str:
-        """Register the checkpoint as a version of `model` with the alias `challenger`; returns the version.
+    def register(self, run_id: str, model: str, release_id: str, checkpoint: Path, manifest_digest: str) -> str:
+        """Register a release's checkpoint as a version of `model`, the new `challenger`; returns the version.
 
         The weights stay where they are: the version points to an external model that names their URI and manifest. A
-        checkpoint that is registered already keeps its version.
+        release that is registered already keeps its version and moves no alias.
         """
         mlflow = _mlflow()
-        tags = {MANIFEST_TAG: manifest_digest, "lightship.uri": checkpoint.resolve().as_uri()}
+        tags = {
+            RELEASE_TAG: release_id,
+            MANIFEST_TAG: manifest_digest,
+            "lightship.uri": checkpoint.resolve().as_uri(),
+        }
         if not self.client.search_registered_models(f"name = '{model}'"):
             self.client.create_registered_model(model)
-        where = f"name = '{model}' and tags.`{MANIFEST_TAG}` = '{manifest_digest}'"
-        versions = [v for v in self.client.search_model_versions(where) if v.run_id == run_id]
-        if versions:
-            version = versions[0]
-        else:
-            mlflow.set_tracking_uri(self.uri)
-            logged = mlflow.create_external_model(
-                name=name, source_run_id=run_id, tags=tags, model_type="w4afp8", experiment_id=self.experiment_id
-            )
-            version = self.client.create_model_version(
-                model, source=logged.model_uri, run_id=run_id, tags=tags, model_id=logged.model_id
-            )
+        registered = self._versions(model, release_id, manifest_digest)
+        if registered:
+            return str(registered[0].version)
+        mlflow.set_tracking_uri(self.uri)
+        logged = mlflow.create_external_model(
+            name=release_id, source_run_id=run_id, tags=tags, model_type="w4afp8", experiment_id=self.experiment_id
+        )
+        version = self.client.create_model_version(
+            model, source=logged.model_uri, run_id=run_id, tags=tags, model_id=logged.model_id
+        )
         self.client.set_registered_model_alias(model, CHALLENGER, version.version)
         return str(version.version)
 
     def promote(self, model: str, version: str) -> Promoted:
         """Give `champion` to a version; returns it with the version that was champion before."""
-        previous = self.client.get_registered_model(model).aliases.get(CHAMPION)
+        previous = self.champion(model)
         self.client.set_registered_model_alias(model, CHAMPION, version)
         chosen = self.client.get_model_version(model, version)
         return Promoted(
@@ -132,21 +147,31 @@ class Tracker:
             version=version,
             alias=CHAMPION,
             manifest_digest=chosen.tags[MANIFEST_TAG],
-            previous_version=None if previous is None or str(previous) == version else str(previous),
+            previous_version=None if previous == version else previous,
         )
 
-    def version_of(self, model: str, manifest_digest: str) -> str:
-        """The version of `model` that has this manifest.
+    def champion(self, model: str) -> str | None:
+        """The version that is champion now."""
+        version = self.client.get_registered_model(model).aliases.get(CHAMPION)
+        return None if version is None else str(version)
+
+    def version_of(self, model: str, release_id: str, manifest_digest: str) -> str:
+        """The version of `model` that is this release with this manifest.
 
         Raises:
             LightshipError: there is none.
         """
-        versions = self.client.search_model_versions(
-            f"name = '{model}' and tags.`{MANIFEST_TAG}` = '{manifest_digest}'", order_by=["version_number DESC"]
-        )
+        versions = self._versions(model, release_id, manifest_digest)
         if not versions:
-            raise LightshipError(f"MLflow at {self.uri} has no version of {model} with manifest {manifest_digest[:12]}")
+            raise LightshipError(
+                f"MLflow at {self.uri} has no version of {model} that is release {release_id} with manifest "
+                f"{manifest_digest[:ID_LENGTH]}; release it again"
+            )
         return str(versions[0].version)
+
+    def _versions(self, model: str, release_id: str, manifest_digest: str) -> list[Any]:
+        where = f"name = '{model}' and tags.`{RELEASE_TAG}` = '{release_id}'"
+        return [v for v in self.client.search_model_versions(where) if v.tags.get(MANIFEST_TAG) == manifest_digest]
 
 
 @dataclass(frozen=True)
@@ -176,9 +201,11 @@ class ReleaseRun:
 
     def log_release(self, release: Release) -> None:
         """Log what the release is made of: identity, versions and every setting of the recipe, as parameters."""
-        settings = dict(_flattened(msgspec.to_builtins(release.recipe)))
+        settings = dict(_flattened(settings_of(release.recipe)))
         identity = {f"identity.{k}": v[:ID_LENGTH] for k, v in msgspec.to_builtins(release.identity).items()}
-        self.log(parameters={"source": str(release.source.path), **identity, **settings})
+        self.log(parameters={**identity, **settings})
+        self.tag("lightship.source", str(release.source.path))
+        self.tag("lightship.recipe", str(release.recipe_path))
         for name, number in versions().items():
             self.tag(f"version.{name}", number)
 
@@ -192,15 +219,12 @@ class ReleaseRun:
         self.log_file(directory / f"{stage.name}.json")
         self.tag(tag, f"{stage.seconds:.1f} s")
 
-    @contextmanager
-    def closed_at_end(self) -> Iterator[None]:
-        """Mark the run as failed if the block raises, else as finished."""
-        try:
-            yield
-        except BaseException:
-            self.tracker.client.set_terminated(self.run_id, "FAILED")
-            raise
-        self.tracker.client.set_terminated(self.run_id, "FINISHED")
+    def __enter__(self) -> "ReleaseRun":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: object, __: object) -> None:
+        """Mark the run as failed if the block raised, else as finished."""
+        self.tracker.client.set_terminated(self.run_id, "FAILED" if kind else "FINISHED")
 
 
 def _flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,6 +18,11 @@ FP8_MAX = 448.0
 INT4_MIN, INT4_MAX = -8, 7
 
 
+def tensor_parallel_degrees(moe_intermediate_size: int) -> list[int]:
+    """Degrees at which every shard of the experts is whole groups of 128, so that its scales are its own."""
+    return [tp for tp in (1, 2, 4, 8, 16, 32) if moe_intermediate_size % (tp * GROUP) == 0]
+
+
 def pack_int4(q_OI: torch.Tensor) -> torch.Tensor:
     """Pack int4 values two a byte along the input dimension; the even input is the low nibble.
 

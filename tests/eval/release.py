@@ -135,13 +135,13 @@ def release(*, losing: float = 0.02, questions: int = 700, text: str = "… the 
     )  # fmt: skip
     return ReportData(
         release_id="5f2c9e1b7ad34c60" * 4,
-        recipe="recipes/demo.toml",
+        model="demo", recipe="recipes/demo.toml",
         source="lightship/demo-moe@4e1c2f7",
         source_digest="9d1e" * 16,
         calibration=calibration(),
         quantized=Quantized(
             path="out/checkpoint", method="gptq", manifest_digest="c0ffee42" * 8, bytes_total=71_300_000,
-            experts_without_tokens=["model.layers.3.mlp.experts.7"], seconds=31.0,
+            experts_without_tokens=["model.layers.3.mlp.experts.7"], layers_without_calibration=[], seconds=31.0,
         ),
         staged=Staged(
             engine="local", base_url="http://127.0.0.1:8000",

@@ -63,7 +63,7 @@ def test_several_models_are_compared_in_one_pass_over_the_source(
 def test_a_model_that_gives_no_probabilities_is_named(
     fp8: Path, held_out: FidelityText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(path: Path) -> Callable[..., object]:
+    def broken(path: Path, **_: object) -> Callable[..., object]:
         model = load_causal_lm(path)
         model.lm_head.weight.data[0] = math.inf
         return model

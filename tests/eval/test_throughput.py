@@ -79,12 +79,6 @@ def test_a_server_that_stops_early_cannot_be_compared(tokenizer: Path) -> None:
         benchmark({"source": good.endpoint, "quantized": short.endpoint}, LOAD, PROMPTS)
 
 
-def test_a_concurrency_that_is_never_reached_is_refused(tokenizer: Path) -> None:
-    endpoint = Endpoint("http://127.0.0.1:9", "tiny", tokenizer)
-    with pytest.raises(EvaluationError, match="a concurrency of 32 would never be reached"):
-        benchmark({"source": endpoint, "quantized": endpoint}, ThroughputLoad(concurrencies=[32], requests=16), PROMPTS)
-
-
 def test_prompts_of_another_length_than_promised_are_refused(tokenizer: Path) -> None:
     endpoint = Endpoint("http://127.0.0.1:9", "tiny", tokenizer)
     with pytest.raises(EvaluationError, match=r"prompts of 3 tokens, but 2 prompts of \[3, 4\] tokens"):

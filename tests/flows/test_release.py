@@ -47,6 +47,7 @@ requests = 4
 prompt_tokens = 32
 output_tokens = 4
 [gate]
+kl = 5.0
 experts_shrink = {shrink}
 """
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -97,6 +98,15 @@ def test_a_release_ends_promoted_with_every_record(released: tuple[Path, str]) -
         assert said in printed
 
 
+def test_another_spelling_of_the_same_source_is_the_same_release(
+    released: tuple[Path, str], lightship: Run, place: Path
+) -> None:
+    done = lightship("release", place / "source", "--recipe", place / "recipe.toml")
+    assert done.returncode == 0, done.stderr
+    assert f"release {released[0].name}" in done.stdout
+    assert "no work was repeated" in done.stdout
+
+
 def test_the_report_is_one_file_that_asks_nothing_of_the_network(released: tuple[Path, str]) -> None:
     html = (released[0] / "report.html").read_text()
     assert released[0].name in html
@@ -106,8 +116,9 @@ def test_the_report_is_one_file_that_asks_nothing_of_the_network(released: tuple
 
 
 def test_no_server_outlives_the_release(released: tuple[Path, str]) -> None:
-    listing = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
-    assert str(released[0]) not in listing
+    port = int(read_json(released[0] / "staged.json", Staged).base_url.rsplit(":", 1)[1])
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
 def test_mlflow_has_one_run_with_metrics_artifacts_and_both_aliases(
@@ -141,16 +152,19 @@ def test_run_twice_it_does_no_work_and_says_so(released: tuple[Path, str], light
     assert {p: p.stat().st_mtime_ns for p in (released[0] / "checkpoint").iterdir()} == before
 
 
-def test_a_changed_recipe_is_another_release_and_a_failed_gate_promotes_nothing(
+def test_a_changed_recipe_is_another_release_that_goes_on_after_a_kill_and_fails_its_gate(
     released: tuple[Path, str], lightship: Run, place: Path
 ) -> None:
     (place / "strict.toml").write_text(RECIPE.format(method="absmax", shrink=0.9))
+    kill_after(place, "calibration.json", "release", "source", "--recipe", "strict.toml")
+    other = next(p for p in (place / "home" / "releases").iterdir() if p != released[0])
+    (other / "checkpoint").mkdir(exist_ok=True)
     done = lightship("release", "source", "--recipe", "strict.toml")
     assert done.returncode == 1, done.stderr
     assert "verdict: fail; not promoted: it stays challenger" in done.stdout
     assert "source-accuracy" in done.stdout
     assert "(done before)" in next(line for line in done.stdout.splitlines() if "source-accuracy" in line)
-    other = next(p for p in (place / "home" / "releases").iterdir() if p != released[0])
+    assert "(done before)" in next(line for line in done.stdout.splitlines() if line.startswith("  calibration"))
     refused = lightship("promote", other.name[:6])
     assert refused.returncode == 2
     assert "not promoted, its verdict is fail" in refused.stderr
@@ -159,7 +173,22 @@ def test_a_changed_recipe_is_another_release_and_a_failed_gate_promotes_nothing(
     assert "quantization.method" in compared.stdout
     promoted = lightship("promote", released[0].name[:6])
     assert promoted.returncode == 0, promoted.stderr
-    assert "is champion" in promoted.stdout
+    assert "became champion" in promoted.stdout
+
+
+def kill_after(place: Path, record: str, *arguments: str) -> None:
+    """Start `lightship` and kill it, with SIGKILL, as soon as a release other than the first has this record."""
+    environment = os.environ | {"PREFECT_HOME": str(place / "prefect"), "LIGHTSHIP_HOME": "home"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lightship", *arguments], cwd=place, env=environment, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while len(list((place / "home" / "releases").glob(f"*/{record}"))) < 2:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture

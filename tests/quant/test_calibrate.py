@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from lightship.causal_lm import load_causal_lm, load_tokenizer, routed_experts
-from lightship.errors import LightshipError
-from lightship.quant.calibrate import HESSIANS, calibrate, input_scale
+from lightship.checkpoint import Checkpoint
+from lightship.errors import CheckpointError, LightshipError
+from lightship.quant.calibrate import HESSIANS, calibrate, check_memory, input_scale, needed_memory
 from lightship.recipe import CalibrationText, TextSource
 from lightship.records import Calibration
 from lightship.text import read_sequences
@@ -54,6 +55,14 @@ def test_an_input_scale_is_the_least_bf16_number_that_does_not_saturate(amax: fl
     assert scale == float(torch.tensor(scale).bfloat16())
     below = float(torch.nextafter(torch.tensor(scale, dtype=torch.bfloat16), torch.tensor(0.0, dtype=torch.bfloat16)))
     assert below < amax / 448 <= scale
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_with_both_figures(fp8: Path) -> None:
+    checkpoint = Checkpoint.open(fp8)
+    needed = needed_memory(checkpoint)
+    check_memory(checkpoint, needed)
+    with pytest.raises(CheckpointError, match=r"needs about \d.* of memory, 1 MB is free"):
+        check_memory(checkpoint, 1_000_000)
 
 
 def test_text_that_is_too_short_is_named(fp8: Path, tmp_path: Path) -> None:

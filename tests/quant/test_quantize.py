@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,11 +14,14 @@ from lightship.checkpoint import INDEX, Checkpoint
 from lightship.errors import CheckpointError, LightshipError
 from lightship.files import digest_of_file
 from lightship.manifest import MANIFEST, check_files, read_manifest
+from lightship.quant.calibrate import calibrate
 from lightship.quant.plan import plan_quantization
 from lightship.quant.quantize import quantize
-from lightship.recipe import Quantization
+from lightship.quant.verify import verify
+from lightship.recipe import CalibrationText, Method, Quantization
 from lightship.records import Calibration
 from tests.conftest import unseen
+from tests.tiny import write_fp8_checkpoint
 
 
 def test_the_same_inputs_give_the_same_bytes(quantize_to: Callable[..., Path], tmp_path: Path) -> None:
@@ -66,20 +70,52 @@ def test_an_existing_directory_is_not_overwritten(w4afp8: Path, quantize_to: Cal
         quantize_to(w4afp8)
 
 
+@pytest.mark.parametrize("method", ["mse", "gptq"])
 def test_an_expert_that_saw_no_token_is_recorded(
-    fp8: Path, calibrated: tuple[Calibration, Path], tmp_path: Path
+    fp8: Path, calibrated: tuple[Calibration, Path], tmp_path: Path, method: Method
 ) -> None:
+    layer = calibrated[0].layers[0]
+    tokens = {
+        scene: [0 if e == 5 else n for e, n in enumerate(counts)] for scene, counts in layer.expert_tokens.items()
+    }
+    starved = msgspec.structs.replace(calibrated[0], layers=[msgspec.structs.replace(layer, expert_tokens=tokens)])
     hessians = load_file(calibrated[1] / "hessians.safetensors")
-    layer = "model.layers.1.mlp"
-    starved = {k: v for k, v in hessians.items() if not k.startswith(f"{layer}.5.")}
-    save_file(starved, tmp_path / "hessians.safetensors")
+    left = {k: v for k, v in hessians.items() if not k.startswith(f"{layer.layer_name}.5.")}
+    save_file(left, tmp_path / "hessians.safetensors")
     checkpoint = Checkpoint.open(fp8)
     out = tmp_path / "out"
-    record = quantize(
-        checkpoint, plan_quantization(checkpoint), calibrated[0], tmp_path, Quantization(method="gptq"), out, unseen
-    )
-    assert record.experts_without_tokens == [f"{layer}.experts.5"]
-    assert read_manifest(out).experts_without_tokens == [f"{layer}.experts.5"]
+    plan = plan_quantization(checkpoint)
+    record = quantize(checkpoint, plan, starved, tmp_path, Quantization(method=method), out, unseen)
+    assert record.experts_without_tokens == [f"{layer.layer_name}.experts.5"]
+    assert read_manifest(out).experts_without_tokens == [f"{layer.layer_name}.experts.5"]
+
+
+def test_an_mtp_layers_experts_become_int4_with_the_last_layers_input_scales(
+    text: CalibrationText, tmp_path: Path
+) -> None:
+    source = write_fp8_checkpoint(tmp_path / "mtp", mtp=True)
+    checkpoint = Checkpoint.open(source)
+    plan = plan_quantization(checkpoint)
+    assert plan.expert_layers == ["model.layers.1.mlp", "model.layers.2.mlp"]
+    calibration = calibrate(source, text, tmp_path, unseen)
+    out = tmp_path / "out"
+    record = quantize(checkpoint, plan, calibration, tmp_path, Quantization(method="gptq"), out, unseen)
+    assert record.layers_without_calibration == ["model.layers.2.mlp"]
+    verification = verify(out, source)
+    assert verification.passed, verification.checks
+    assert [e.layer_name for e in verification.layers] == plan.expert_layers
+    reader = Checkpoint.open(out).reader()
+    last, mtp = (reader.read(f"model.layers.{n}.mlp.experts.0.w2.input_scale") for n in (1, 2))
+    assert torch.equal(last, mtp)
+    assert load_causal_lm(out)(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_a_calibration_of_another_checkpoint_is_refused(calibrated: tuple[Calibration, Path], tmp_path: Path) -> None:
+    other = write_fp8_checkpoint(tmp_path / "deeper", num_hidden_layers=3)
+    checkpoint = Checkpoint.open(other)
+    with pytest.raises(LightshipError, match=r"the calibration lacks model\.layers\.2\.mlp"):
+        quantize(checkpoint, plan_quantization(checkpoint), *calibrated, Quantization(), tmp_path / "out", unseen)
+    assert not (tmp_path / "out").exists()
 
 
 def test_finer_rounding_moves_the_model_less(

@@ -98,7 +98,12 @@ def test_a_changed_tensor_outside_the_experts_is_caught_against_the_source(copy:
 
 def test_weights_that_are_not_the_sources_fail_reconstruction(copy: Path, fp8: Path) -> None:
     change_tensors(copy, lambda t: t[f"{EXPERT}.up_proj.weight_scale_inv"].mul_(4))
-    assert "model.layers.1.mlp" in failures(copy, fp8)["reconstruction"]
+    assert f"{EXPERT}.up_proj.weight: 8" in failures(copy, fp8)["reconstruction"]
+
+
+def test_one_destroyed_tensor_among_good_ones_is_named(copy: Path, fp8: Path) -> None:
+    change_tensors(copy, lambda t: t[f"{EXPERT}.gate_proj.weight"].zero_())
+    assert failures(copy, fp8) == {"reconstruction": f"{EXPERT}.gate_proj.weight: 1 > 0.1"}
 
 
 def test_a_stale_quantization_block_is_caught(copy: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightship.checkpoint import EXPERT
+from lightship.manifest import Manifest, describe_files, write_manifest
 from lightship.recipe import Serving
 from lightship.serving.launch import Launched, launched
 from lightship.w4afp8 import GROUP, dequantize_fp8_blocks, pack_int4
@@ -30,7 +31,11 @@ def fp8_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def w4afp8_dir(fp8_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model with its experts rounded to int4."""
-    path = tmp_path_factory.mktemp("w4afp8")
+    return round_to_int4(fp8_dir, tmp_path_factory.mktemp("w4afp8"))
+
+
+def round_to_int4(fp8_dir: Path, path: Path) -> Path:
+    """Write an FP8 checkpoint as W4AFP8 to the empty directory `path`; returns it."""
     shutil.copytree(fp8_dir, path, dirs_exist_ok=True)
     for shard in path.glob("*.safetensors"):
         shard.unlink()
@@ -48,6 +53,17 @@ def w4afp8_dir(fp8_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "w4afp8"}
     (path / "config.json").write_text(json.dumps(config))
+    manifest = Manifest(
+        format="w4afp8",
+        lightship="test",
+        source_digest="",
+        calibration_text_digest="",
+        quantization={},
+        experts_without_tokens=[],
+        layers_without_calibration=[],
+        files=describe_files(path),
+    )
+    write_manifest(path, manifest)
     return path
 
 

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -30,8 +31,8 @@ def events(client: httpx.Client, path: str, **fields: Any) -> list[dict[str, Any
 
 
 def refused(client: httpx.Client, path: str = "/v1/completions", **fields: Any) -> tuple[int, str]:
-    body = {"model": MODEL, "prompt": "a", "messages": [{"role": "user", "content": "a"}]} | fields
-    response = client.post(path, json=body)
+    asked = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+    response = client.post(path, json={"model": MODEL} | asked | fields)
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     return response.status_code, error["message"]
@@ -141,7 +142,19 @@ def test_an_unknown_model_is_404_and_names_the_served_one(client: httpx.Client) 
         ({"prompt": ""}, "no tokens"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [999]}, "0 to 257"),
+        ({"prompt": [2**70], "echo": True}, "0 to 257"),
         ({"stop": [""]}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
+        ({"top_k": 5}, "top_k = 5, only -1"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"min_tokens": 3}, "min_tokens"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"guided_regex": "a+"}, "guided_regex"),
+        ({"stream_options": {"every": 1}}, "stream_options.every"),
     ],
 )
 def test_a_bad_request_is_400_and_says_why(client: httpx.Client, fields: dict[str, Any], message: str) -> None:
@@ -150,9 +163,57 @@ def test_a_bad_request_is_400_and_says_why(client: httpx.Client, fields: dict[st
     assert message in said
 
 
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 1e-310}, {"temperature": 1e-5}, {"seed": 2**63 - 1, "temperature": 1}]
+)
+def test_extreme_numbers_are_served(client: httpx.Client, fields: dict[str, Any]) -> None:
+    assert complete(client, **fields)["usage"]["completion_tokens"] == 8
+    assert client.get("/health").status_code == 200
+
+
+def test_a_refused_seed_leaves_the_server_healthy(client: httpx.Client) -> None:
+    assert refused(client, seed=18446744073709551616)[0] == 400
+    assert client.get("/health").status_code == 200
+
+
+def test_fields_that_ask_for_nothing_are_accepted(client: httpx.Client) -> None:
+    off = {"top_k": -1, "presence_penalty": 0, "repetition_penalty": 1.0, "n": 1, "best_of": 1, "logit_bias": None}
+    assert complete(client, **off, min_p=0, tool_choice="none", user="me")["choices"]
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_lm_evals_completion_payload_is_accepted(client: httpx.Client, generate: bool) -> None:
+    lm_eval = pytest.importorskip("lm_eval.models.openai_completions")
+    model = SimpleNamespace(model=MODEL, _max_gen_toks=8)
+    asked = {"do_sample": False, "until": ["Q:"], "max_tokens": 4, "max_gen_toks": 4, "temperature": 0}
+    create = lm_eval.LocalCompletionsAPI._create_payload
+    payload = create(model, [PROMPT], generate=generate, gen_kwargs=asked, eos="</s>")
+    assert client.post("/v1/completions", json=payload).status_code == 200
+
+
+def test_lm_evals_chat_payload_is_accepted(client: httpx.Client) -> None:
+    lm_eval = pytest.importorskip("lm_eval.models.openai_completions")
+    model = SimpleNamespace(model=MODEL, _max_gen_toks=8)
+    messages = [{"role": "user", "content": "hi", "type": "text"}]
+    payload = lm_eval.LocalChatCompletion._create_payload(model, messages, gen_kwargs={"until": "Q:"}, eos="</s>")
+    assert client.post("/v1/chat/completions", json=payload).status_code == 200
+
+
+@pytest.mark.parametrize("prompt", [[0, 70, 71, 1, 72], "<s>hi"])
+def test_echoed_offsets_count_special_tokens(client: httpx.Client, prompt: str | list[int]) -> None:
+    choice = complete(client, prompt=prompt, max_tokens=0, echo=True, logprobs=0)["choices"][0]
+    assert choice["text"].startswith("<s>")
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert [choice["text"][at:].startswith(token) for token, at in zip(tokens, offsets, strict=True)] == [True] * len(
+        tokens
+    )
+    assert offsets[1] == 3
+
+
 def test_a_bad_chat_request_is_400(client: httpx.Client) -> None:
     assert refused(client, "/v1/chat/completions", messages=[])[0] == 400
     assert refused(client, "/v1/chat/completions", messages="hi")[0] == 400
+    assert refused(client, "/v1/chat/completions", echo=True) == (400, "echo: Extra inputs are not permitted")
 
 
 def metric(client: httpx.Client, name: str) -> float:

@@ -7,7 +7,7 @@ import torch
 
 from lightship.causal_lm import load_causal_lm, load_tokenizer
 from lightship.serving import generation
-from lightship.serving.generation import Generator, Piece, Sequence
+from lightship.serving.generation import Generator, Piece, Sequence, SequenceError
 from lightship.serving.ragged import RaggedModel
 from lightship.serving.sampling import Sampling
 
@@ -32,6 +32,7 @@ def finish(generator: Generator, *sequences: Sequence) -> list[list[Piece]]:
     pieces: dict[int, list[Piece]] = {sequence.id: [] for sequence in sequences}
     while not generator.idle:
         for sequence, piece in generator.step():
+            assert isinstance(piece, Piece)
             pieces[sequence.id].append(piece)
     return list(pieces.values())
 
@@ -138,3 +139,29 @@ def test_a_cancelled_sequence_makes_room(make: Callable[..., Generator]) -> None
     generator.step()
     assert sequences[-1].generated
     assert len(sequences[0].generated) == 1
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [Sampling(max_tokens=9, seed=2**64), Sampling(max_tokens=9, temperature=float("nan"))],
+    ids=["at its start", "at a draw"],
+)
+def test_a_sequence_that_fails_leaves_the_others_alone(make: Callable[..., Generator], broken: Sampling) -> None:
+    alone, beside, failing = Sequence(PROMPTS[0], GREEDY), Sequence(PROMPTS[0], GREEDY), Sequence(PROMPTS[1], broken)
+    finish(make(), alone)
+    generator = make()
+    generator.add(failing)
+    assert [type(piece) for _, piece in generator.step()] == [SequenceError]
+    assert generator.idle
+    finish(generator, beside)
+    assert beside.generated == alone.generated
+
+
+def test_a_prompts_special_tokens_have_offsets_but_not_those_the_tokenizer_added(
+    make: Callable[..., Generator],
+) -> None:
+    sampling = Sampling(max_tokens=0, temperature=0, logprobs=0, prompt_logprobs=True)
+    given, added = Sequence([0, 70, 71], sampling), Sequence([0, 70, 71], sampling, unwritten=1)
+    [[written], [unwritten]] = finish(make(), given, added)
+    assert [t.offset for t in written.tokens] == [0, 3, 4]
+    assert [t.offset for t in unwritten.tokens] == [0, 0, 1]

@@ -1,21 +1,54 @@
+import shutil
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
 
-from lightship.errors import ServingError
+from lightship.checkpoint import MANIFEST
+from lightship.errors import CheckpointError, ServingError
+from lightship.files import digest_of_file
 from lightship.recipe import Serving
 from lightship.serving.launch import Launched, stage, start
 
 
 def test_staging_records_a_real_greeting(server: Launched, w4afp8_dir: Path) -> None:
-    staged = stage(w4afp8_dir, server, "abc")
-    assert (staged.engine, staged.tensor_parallel, staged.manifest_digest) == ("local", 2, "abc")
+    staged = stage(w4afp8_dir, server)
+    assert (staged.engine, staged.tensor_parallel) == ("local", 2)
+    assert staged.manifest_digest == digest_of_file(w4afp8_dir / MANIFEST)
     assert staged.greeting
     assert 0 < staged.ready_seconds < 120
     assert staged.command[1:4] == ["-m", "lightship", "serve"]
     assert "lightship: serving tiny (w4afp8, tp 2) on " + staged.base_url in server.log_file.read_text()
+
+
+def test_staging_refuses_files_that_are_not_the_manifests(server: Launched, w4afp8_dir: Path, tmp_path: Path) -> None:
+    changed = shutil.copytree(w4afp8_dir, tmp_path / "changed")
+    (changed / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json has changed"):
+        stage(changed, server)
+
+
+def test_whoever_else_answers_on_the_port_is_not_our_server(w4afp8_dir: Path, tmp_path: Path) -> None:
+    class Healthy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as stranger:
+        threading.Thread(target=stranger.serve_forever, daemon=True).start()
+        server = start(w4afp8_dir, Serving(), tmp_path / "serve.log", stranger.server_port)
+        try:
+            with pytest.raises(ServingError, match=f"port {stranger.server_port} on 127.0.0.1 is in use"):
+                server.wait_until_ready()
+        finally:
+            server.stop()
+            stranger.shutdown()
 
 
 def test_two_servers_start_at_once(fp8_dir: Path, w4afp8_dir: Path, tmp_path: Path) -> None:

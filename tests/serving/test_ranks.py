@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -6,10 +7,22 @@ import pytest
 import torch
 
 from lightship.errors import CheckpointError, ServingError
-from lightship.serving.ragged import Span, Step
+from lightship.serving import ranks as ranks_module
+from lightship.serving.ragged import RaggedModel, Span, Step
 from lightship.serving.ranks import Ranks, Shard
+from tests.serving.conftest import round_to_int4
+from tests.tiny import write_fp8_checkpoint
 
 PROMPT = [(11 * i) % 256 + 2 for i in range(24)]
+
+
+class DiesConnecting(Shard):
+    """Its workers die after they have loaded, before they connect."""
+
+    def load(self, rank: int) -> RaggedModel:
+        if rank:
+            ranks_module._connect = lambda *_: os._exit(9)  # in the worker's process
+        return super().load(rank)
 
 
 @contextmanager
@@ -44,6 +57,34 @@ def test_real_processes_give_the_logits_of_one(tp: int, w4afp8_dir: Path, single
 def test_fp8_source_gives_the_same_logits_on_two_ranks(fp8_dir: Path) -> None:
     single, sharded = (logits(fp8_dir, tp, torch.float64) for tp in (1, 2))
     assert (sharded - single).norm() / single.norm() < 1e-9
+
+
+@pytest.fixture(scope="module")
+def deep_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three MoE layers, so that sums reach later roundings; all experts are chosen, so that no near-tie re-routes."""
+    fp8_dir = tmp_path_factory.mktemp("deep-fp8")
+    write_fp8_checkpoint(
+        fp8_dir, moe_intermediate_size=1024, num_hidden_layers=4, num_experts_per_tok=8, n_group=1, topk_group=1
+    )
+    return round_to_int4(fp8_dir, tmp_path_factory.mktemp("deep"))
+
+
+def test_in_the_served_dtype_degrees_predict_almost_the_same(deep_dir: Path) -> None:
+    """In float32 the degrees are not equal: partial sums are added in another order, a value that lies at the middle
+    of two FP8 numbers then flips to the other, and a random model carries each flip on. Measured on these 600 tokens:
+    KL 1.7e-5 and 98.5 % the same argmax at TP 2, 5e-6 and 99.7 % at TP 8, of distributions with an entropy of 5.4.
+    """
+    generator = torch.Generator().manual_seed(0)
+    spans = [Span(j, torch.randint(2, 258, (300,), generator=generator).tolist(), 300) for j in range(2)]
+
+    def logprobs(tp: int) -> torch.Tensor:
+        with loaded(Shard(deep_dir, tp, "dynamic")) as ranks:
+            return torch.cat([ranks.run(Step([span])) for span in spans]).double().log_softmax(-1)
+
+    single = logprobs(1)
+    for sharded in (logprobs(2), logprobs(8)):
+        assert (single.exp() * (single - sharded)).sum(-1).mean() < 1e-4
+        assert (single.argmax(-1) == sharded.argmax(-1)).double().mean() >= 0.97
 
 
 def test_an_indivisible_degree_names_the_possible_ones(w4afp8_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """How a server starts, refuses to start, and ends: real processes."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from lightship.errors import ServingError
 from lightship.recipe import Serving
+from lightship.serving import serve as serving
 from lightship.serving.launch import launched, start
 
 
@@ -66,22 +69,40 @@ def test_an_indivisible_degree_is_one_message(w4afp8_dir: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("tp", [0, -2])
+def test_a_degree_below_one_is_refused_before_anything_is_read(tp: int, tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match=f"tensor parallelism {tp} "):
+        serving.serve(tmp_path / "nothing", tp=tp)
+
+
+def test_a_worker_that_dies_while_it_connects_ends_the_server(w4afp8_dir: Path) -> None:
+    program = (
+        "import sys; from lightship.serving import ranks; from tests.serving.test_ranks import DiesConnecting; "
+        "ranks.Shard = DiesConnecting; from lightship.cli import main; main()"
+    )
+    command = [sys.executable, "-c", program, "serve", str(w4afp8_dir), "--tp", "2", "--port", "0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert ended.returncode == 2
+    assert re.search(r"rank 1 \(process \d+\) ended with exit code 9", ended.stderr)
+    assert "Traceback" not in ended.stderr
+
+
 def test_a_checkpoint_that_breaks_while_loading_is_one_message(w4afp8_dir: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(w4afp8_dir, broken)
     (broken / "config.json").write_text(
         (broken / "config.json").read_text().replace('"vocab_size": 258', '"vocab_size": 300')
     )
-    ended = serve(broken, "--tp", "2", "--port", "0")
+    ended = serve(broken, "--port", "0")
     assert ended.returncode == 2
     assert "config.json asks for [300, 128]" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_no_process_behind(number: signal.Signals, w4afp8_dir: Path, tmp_path: Path) -> None:
-    with launched(w4afp8_dir, Serving(tp=2), tmp_path / "serve.log") as server:
-        assert len(processes_of(server.process.pid)) >= 2
+@pytest.mark.parametrize(("number", "tp"), [(signal.SIGTERM, 2), (signal.SIGINT, 1)])
+def test_a_signal_leaves_no_process_behind(number: signal.Signals, tp: int, w4afp8_dir: Path, tmp_path: Path) -> None:
+    with launched(w4afp8_dir, Serving(tp=tp), tmp_path / "serve.log") as server:
+        assert len(processes_of(server.process.pid)) >= tp
         os.kill(server.process.pid, number)
         assert server.process.wait(10) == 0
         assert gone_within(server.process.pid, 5)
