@@ -110,7 +110,7 @@ def start(path: Path, settings: Serving, log_file: Path, port: int = 0, name: st
     """
     name = name or path.resolve().name
     command = [
-        *(sys.executable, "-m", "lightship", "serve", str(path), "--tp", str(settings.tp), "--host", "127.0.0.1"),
+        *(sys.executable, "-P", "-m", "lightship", "serve", str(path), "--tp", str(settings.tp), "--host", "127.0.0.1"),
         *("--port", str(port), "--activations", settings.activations, "--name", name),
     ]
     log_file.parent.mkdir(parents=True, exist_ok=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from lightship.checkpoint import MANIFEST
 from lightship.errors import CheckpointError, PromotionError
 from lightship.files import digest_of_file, write_json
-from lightship.manifest import MANIFEST
 from lightship.promotion import promote
 from lightship.records import RuleResult, Staged, Verdict
 from lightship.tracking import Tracker

@@ -6,9 +6,10 @@ lightship promote RELEASE
 from pathlib import Path
 
 from lightship import summary
+from lightship.checkpoint import MANIFEST
 from lightship.errors import PromotionError
 from lightship.files import digest_of_file, read_json
-from lightship.manifest import MANIFEST, check_files
+from lightship.manifest import check_files
 from lightship.records import Promoted, Staged, Verdict
 from lightship.tracking import Tracker
 

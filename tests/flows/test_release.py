@@ -156,7 +156,11 @@ def test_a_changed_recipe_is_another_release_that_goes_on_after_a_kill_and_fails
     released: tuple[Path, str], lightship: Run, place: Path
 ) -> None:
     (place / "strict.toml").write_text(RECIPE.format(method="absmax", shrink=0.9))
-    kill_after(place, "calibration.json", "release", "source", "--recipe", "strict.toml")
+    command = ("release", "source", "--recipe", "strict.toml")
+    code, said = interrupt_after(place, "plan.json", signal.SIGINT, *command)
+    assert code == 130
+    assert said == "lightship: interrupted; the same command goes on from the last finished stage\n"
+    interrupt_after(place, "calibration.json", signal.SIGKILL, *command)
     other = next(p for p in (place / "home" / "releases").iterdir() if p != released[0])
     (other / "checkpoint").mkdir(exist_ok=True)
     done = lightship("release", "source", "--recipe", "strict.toml")
@@ -176,19 +180,22 @@ def test_a_changed_recipe_is_another_release_that_goes_on_after_a_kill_and_fails
     assert "became champion" in promoted.stdout
 
 
-def kill_after(place: Path, record: str, *arguments: str) -> None:
-    """Start `lightship` and kill it, with SIGKILL, as soon as a release other than the first has this record."""
+def interrupt_after(place: Path, record: str, number: signal.Signals, *arguments: str) -> tuple[int, str]:
+    """Start `lightship` and signal its process group as soon as one more release has this record; exit code, stderr."""
     environment = os.environ | {"PREFECT_HOME": str(place / "prefect"), "LIGHTSHIP_HOME": "home"}
+    command = [sys.executable, "-m", "lightship", *arguments]
+    records = len(list((place / "home" / "releases").glob(f"*/{record}")))
     process = subprocess.Popen(
-        [sys.executable, "-m", "lightship", *arguments], cwd=place, env=environment, stdout=subprocess.DEVNULL
+        command, cwd=place, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 120
-    while len(list((place / "home" / "releases").glob(f"*/{record}"))) < 2:
-        assert process.poll() is None, "it ended before it could be killed"
+    while len(list((place / "home" / "releases").glob(f"*/{record}"))) == records:
+        assert process.poll() is None, "it ended before it could be interrupted"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=30)
+    return process.returncode, said.decode()
 
 
 @pytest.fixture

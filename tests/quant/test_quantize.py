@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightship.causal_lm import load_causal_lm
-from lightship.checkpoint import INDEX, Checkpoint
+from lightship.checkpoint import INDEX, MANIFEST, Checkpoint
 from lightship.errors import CheckpointError, LightshipError
 from lightship.files import digest_of_file
-from lightship.manifest import MANIFEST, check_files, read_manifest
+from lightship.manifest import check_files, read_manifest
 from lightship.quant.calibrate import calibrate
 from lightship.quant.plan import plan_quantization
 from lightship.quant.quantize import quantize

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightship.checkpoint import INDEX
-from lightship.manifest import MANIFEST, describe_files, read_manifest, write_manifest
+from lightship.checkpoint import INDEX, MANIFEST
+from lightship.manifest import describe_files, read_manifest, write_manifest
 from lightship.quant.verify import verify
 
 EXPERT = "model.layers.1.mlp.experts.2"
