@@ -129,6 +129,15 @@ def test_a_run_is_marked_failed_when_its_release_fails(tracker: Tracker) -> None
     assert tracker.client.get_run(run.run_id).info.status == "FAILED"
 
 
+def test_an_interrupted_run_is_left_as_it_is_to_go_on(tracker: Tracker) -> None:
+    run = tracker.run_of("abcd01", "m-abcd01")
+    unwinding = ConnectionError("what unwinding ran into")
+    unwinding.__context__ = KeyboardInterrupt()
+    with pytest.raises(ConnectionError), run:
+        raise unwinding
+    assert tracker.client.get_run(run.run_id).info.status == "RUNNING"
+
+
 def test_a_server_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

@@ -222,8 +222,15 @@ class ReleaseRun:
     def __enter__(self) -> "ReleaseRun":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, _: object, __: object) -> None:
-        """Mark the run as failed if the block raised, else as finished."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Mark the run as failed if the block raised, else as finished; an interrupted run is neither, and goes on.
+
+        An interrupt may have cut a write to the SQLite file, which is then locked until this process ends.
+        """
+        while error is not None:
+            if isinstance(error, KeyboardInterrupt):
+                return
+            error = error.__context__
         self.tracker.client.set_terminated(self.run_id, "FAILED" if kind else "FINISHED")
 
 

@@ -20,7 +20,7 @@ def test_staging_records_a_real_greeting(server: Launched, w4afp8_dir: Path) -> 
     assert staged.manifest_digest == digest_of_file(w4afp8_dir / MANIFEST)
     assert staged.greeting
     assert 0 < staged.ready_seconds < 120
-    assert staged.command[1:4] == ["-m", "lightship", "serve"]
+    assert staged.command[1:5] == ["-P", "-m", "lightship", "serve"]
     assert "lightship: serving tiny (w4afp8, tp 2) on " + staged.base_url in server.log_file.read_text()
 
 
