@@ -159,7 +159,8 @@ def print_release(directory: Path) -> None:
         summary.sentence(read_json(promoted, Promoted)) if promoted.is_file() else "not promoted: it stays challenger"
     )
     local = f"mlflow ui --backend-store-uri sqlite:///{directory.parent.parent / 'mlflow.db'}"
-    tracking = os.environ.get("MLFLOW_TRACKING_URI", local)
+    server = os.environ.get("MLFLOW_TRACKING_URI", "")
+    tracking = server if server.startswith("http") else local
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"\nverdict: [bold {COLOURS[verdict.decision]}]{verdict.decision}[/]; {outcome}")
     console.print(
