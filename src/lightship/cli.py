@@ -33,8 +33,6 @@ WITHOUT_SERVER = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_ROOT_LEVEL": "ERROR",
     "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
-    # Ctrl-C ends the ephemeral server too; the flow must not wait a minute for it to answer.
-    "PREFECT_CLIENT_MAX_RETRIES": "0",
 }
 """With Prefect's ephemeral server nobody reads its log, and what matters of it is in our own output."""
 
@@ -50,6 +48,9 @@ def main() -> NoReturn:
 
     def interrupt(number: int, _: object) -> None:
         interrupted.append(number)
+        if arguments.command == "release":
+            # Its records make it safe to stop anywhere, and Prefect would wait minutes for a server that is gone.
+            _leave(number)
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -62,23 +63,21 @@ def main() -> NoReturn:
         print(f"lightship: error: {error}", file=sys.stderr)
         code = USER_ERROR
     except BaseException as error:
-        # What an interrupt unwinds may fail in its own way, as Prefect does when its server was interrupted first.
+        # What an interrupt unwinds may fail in its own way.
         if not interrupted or isinstance(error, SystemExit):
             raise
-        print(
-            "lightship: interrupted; the same command goes on from the last finished stage", file=sys.stderr, flush=True
-        )
-        _leave(128 + interrupted[0])
+        _leave(interrupted[0])
     sys.exit(code)
 
 
-def _leave(code: int) -> NoReturn:
-    """End this process and its children at once: at exit, Prefect would wait minutes for a server that is gone."""
+def _leave(number: int) -> NoReturn:
+    """Say that a signal has interrupted the command, and end this process and its children at once."""
+    print("lightship: interrupted; the same command goes on from the last finished stage", file=sys.stderr, flush=True)
     for children in Path("/proc/self/task").glob("*/children"):
         for child in children.read_text().split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(child), signal.SIGTERM)
-    os._exit(code)
+    os._exit(128 + number)
 
 
 def parser() -> argparse.ArgumentParser:
