@@ -16,7 +16,7 @@ import torch
 from lightship.causal_lm import check_architecture, load_causal_lm, load_tokenizer, routed_experts
 from lightship.checkpoint import Checkpoint
 from lightship.errors import CheckpointError
-from lightship.files import read_json, write_json, written_atomically
+from lightship.files import write_json, written_atomically
 from lightship.recipe import CalibrationText
 from lightship.records import Calibration, LayerCalibration
 from lightship.summary import size
@@ -150,8 +150,3 @@ def check_memory(checkpoint: Checkpoint, free: int) -> None:
             f"calibrating {checkpoint.path} needs about {size(needed)} of memory, {size(free)} is free: the whole "
             "model and its statistics are held at once; use a machine with more memory"
         )
-
-
-def read_calibration(out: Path) -> Calibration:
-    """The record that `calibrate` left in `out`."""
-    return read_json(out / RECORD, Calibration)

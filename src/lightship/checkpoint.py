@@ -7,7 +7,6 @@ and as long as its header says, and index and shards name the same tensors.
 import json
 import re
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -237,11 +236,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         tensors[name] = TensorInfo(name, path.name, entry["dtype"], tuple(entry["shape"]), end - begin)
     return tensors
-
-
-def total_bytes(infos: Iterable[TensorInfo]) -> int:
-    """Bytes of these tensors."""
-    return sum(info.nbytes for info in infos)
 
 
 def _json(path: Path) -> dict[str, Any]:
