@@ -30,14 +30,40 @@ class TextSource(Section, frozen=True, kw_only=True):
     path: str
 
 
-class Quantization(Section, frozen=True, kw_only=True):
-    """How the routed experts' weights become int4."""
+class RoundingSettings(Section, frozen=True, kw_only=True):
+    """How a float weight becomes int4 with a scale for each group of 128 inputs."""
 
     method: Method = "gptq"
     signed_scales: bool = True
     """Let a group's scale be negative, so that its largest weight can use the -8 end of int4."""
     damping: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.01
     """GPTQ adds this fraction of the Hessian's mean diagonal to its diagonal."""
+    sweeps: Annotated[int, msgspec.Meta(ge=0, le=16)] = 0
+    """After GPTQ, go over all columns this many times and round each anew, given all the others."""
+
+
+class Rule(RoundingSettings, frozen=True, kw_only=True):
+    """Other settings for some of the experts: those of named layers, or those whose error came out too large."""
+
+    layers: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
+    """Numbers of the layers, as in the tensors' names."""
+    output_error_above: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """Round a weight anew by this rule if the relative squared error of its outputs on the calibration tokens is above
+    this; the better of the two is kept."""
+
+    def __post_init__(self) -> None:
+        if (self.layers is None) == (self.output_error_above is None):
+            raise ValueError("a rule needs exactly one of layers and output_error_above")
+
+
+class Quantization(RoundingSettings, frozen=True, kw_only=True):
+    """How the routed experts' weights become int4."""
+
+    rules: list[Rule] = []
+    token_floor: Annotated[int, msgspec.Meta(ge=0)] = 256
+    """Experts that saw fewer tokens are named as starved; their Hessian is topped up to this many with the layer's."""
+    weight_tokens_by_router: bool = False
+    """GPTQ counts a token's error by the square of its routing weight, as the layer's output does."""
 
 
 class CalibrationText(Section, frozen=True, kw_only=True):
