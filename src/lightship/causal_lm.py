@@ -54,15 +54,12 @@ def load_causal_lm(
         ServingError: the experts cannot be divided by `tp.size`.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint.open(path)
     reader = checkpoint.reader()
     tp.shard(checkpoint.dimensions.moe_intermediate_size)
-    check_architecture(checkpoint)
-    config = AutoConfig.from_pretrained(path)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = checkpoint.transformers_config()
     config.num_mtp_layers = 0
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -82,17 +79,9 @@ def check_architecture(checkpoint: Checkpoint) -> None:
     """Refuse a model that transformers cannot build.
 
     Raises:
-        CheckpointError: names the model type.
+        CheckpointError: names the model type, and what its declaration would need.
     """
-    from transformers import __version__
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'}: model_type {model_type!r} is not one that transformers {__version__} "
-            "can build without the release's own code, which lightship does not run"
-        )
+    checkpoint.transformers_config()
 
 
 def routed_experts(model: Any) -> dict[str, RoutedExperts]:
