@@ -18,7 +18,7 @@ import torch
 
 from lightship.checkpoint import INDEX
 from lightship.errors import LightshipError
-from lightship.records import OutputTensor
+from lightship.quant.outputs import OutputTensor
 from lightship.summary import size
 
 SHARD_BYTES = 4_000_000_000

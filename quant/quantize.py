@@ -22,13 +22,14 @@ import msgspec
 import torch
 
 from lightship import __version__
-from lightship.causal_lm import check_architecture, load_tokenizer
+from lightship.causal_lm import load_tokenizer
 from lightship.checkpoint import INDEX, Checkpoint
 from lightship.errors import LightshipError
 from lightship.files import clear_directory, locked, publish_directory, write_json
 from lightship.manifest import Manifest, describe_files, write_manifest
 from lightship.quant.blocks import BlockStream, MoEInputs
 from lightship.quant.device import choose_device, free_memory
+from lightship.quant.outputs import outputs_of
 from lightship.quant.journal import FINGERPRINT, Journal, check_fingerprint
 from lightship.quant.layer import LayerExperts
 from lightship.quant.pipeline import Tensors, Writer
@@ -102,7 +103,7 @@ def quantize(
     if out.exists():
         raise LightshipError(f"{out} exists; remove it or name another directory")
     start = time.monotonic()
-    check_architecture(checkpoint)
+    checkpoint.transformers_config()
     where = choose_device(device)
     tokenizer = load_tokenizer(checkpoint.path)
     scenes = read_scenes(text, tokenizer)
@@ -166,7 +167,7 @@ class _Run:
         self.shard_bytes = shard_bytes
         self.cluster = cluster
         self.journal = Journal(work)
-        self.shards = Shards(work / RESULT, plan.outputs, shard_bytes)
+        self.shards = Shards(work / RESULT, outputs_of(plan), shard_bytes)
         made = self.shards.reserve()
         if made and self.journal.done:
             raise LightshipError(
@@ -195,7 +196,8 @@ class _Run:
         ]
         left = [name for name in names if name not in self.journal.done]
         ticks = iter(progress(left, f"quantizing ({self.settings.method})"))
-        blocks = self.blocks.main_layers + self.checkpoint.dimensions.mtp_layers
+        last = max(Checkpoint.layer_number(layer) for layer in self.plan.expert_layers)
+        blocks = max(self.blocks.main_layers, last + 1)
         with Writer(self.shards, self.journal) as writer, torch.inference_mode():
             if "model" not in self.journal.done:
                 writer.put("model", self._copied(None))
@@ -392,7 +394,7 @@ def _fingerprint(
     """All that decides the result's bytes, by names that an error can say."""
     calibration = {k: v for k, v in msgspec.to_builtins(text).items() if k != "sources"}
     return {
-        **{f"source {name}": value for name, value in checkpoint.fingerprint.items()},
+        **{f"source {name}": value for name, value in checkpoint.fingerprint().items()},
         **{f"recipe quantization.{k}": msgspec.json.encode(v).decode() for k, v in msgspec.to_builtins(settings).items()},
         **{f"recipe calibration.{k}": msgspec.json.encode(v).decode() for k, v in calibration.items()},
         "calibration text": text_digest,

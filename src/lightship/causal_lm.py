@@ -76,9 +76,10 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    check_architecture(checkpoint)
+    config = checkpoint.transformers_config()
+    config.num_mtp_layers = 0
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(checkpoint.transformers_config(), dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def fill(
@@ -112,15 +113,6 @@ def fill(
                 setattr(part, key, nn.Parameter(value.to(device, dtype), requires_grad=False))
             else:
                 setattr(part, key, value.to(device, tensor.dtype))
-
-
-def check_architecture(checkpoint: Checkpoint) -> None:
-    """Refuse a model that transformers cannot build.
-
-    Raises:
-        CheckpointError: names the model type.
-    """
-    checkpoint.transformers_config()
 
 
 def routed_experts(model: Any) -> dict[str, RoutedExperts]:
