@@ -154,7 +154,7 @@ class LayerExperts:
         ]
 
     def _scale(self, seen: Magnitudes, of: str) -> InputScale:
-        if not torch.tensor(seen.amax).isfinite():
+        if not seen.finite:
             raise CheckpointError(
                 f"{self._source.checkpoint.path}: the inputs of {of} in {self.name} are NaN or infinite on the "
                 "calibration text; verify the download"
@@ -188,11 +188,15 @@ class LayerExperts:
 
     def _read_source(self, expert: int) -> Raw:
         parts = ("weight", "weight_scale_inv") if self._fp8 else ("weight",)
-        return {f"{p}.{part}": self._source.read(f"{self.unit(expert)}.{p}.{part}") for p in PROJECTIONS for part in parts}
+        return {
+            f"{p}.{part}": self._source.read(f"{self.unit(expert)}.{p}.{part}") for p in PROJECTIONS for part in parts
+        }
 
     def _read_result(self, expert: int) -> Raw:
         parts = ("weight", "weight_scale_inv")
-        return {f"{p}.{part}": self._shards.read(f"{self.unit(expert)}.{p}.{part}") for p in PROJECTIONS for part in parts}
+        return {
+            f"{p}.{part}": self._shards.read(f"{self.unit(expert)}.{p}.{part}") for p in PROJECTIONS for part in parts
+        }
 
     def _weights(self, expert: int, raw: Raw) -> ExpertWeights:
         """Float weights on the device, checked.

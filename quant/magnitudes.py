@@ -5,6 +5,8 @@ where a few outliers stretch it, a smaller one that clips them can cost less. Ma
 32,768 counters in all, so that any scale can be judged afterwards on every activation that was seen.
 """
 
+import math
+
 import torch
 
 from lightship.records import InputScale
@@ -25,28 +27,30 @@ class Magnitudes:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
         self.amax = 0.0
+        self.finite = True
 
     def add(self, x: torch.Tensor) -> None:
-        """Count every element of `x` (any shape, floating point)."""
+        """Count every element of `x` (any shape, floating point); one that is not finite ends the counting."""
         if not x.numel():
             return
         magnitudes = x.abs()
-        self.amax = max(self.amax, float(magnitudes.max()))
+        largest = float(magnitudes.max())
+        self.finite = self.finite and math.isfinite(largest)
+        if not self.finite:
+            return
+        self.amax = max(self.amax, largest)
         bits = magnitudes.bfloat16().flatten().view(torch.int16).to(torch.int32)
         self.counts += torch.bincount(bits, minlength=BINS)[:BINS]
 
 
 def choose_input_scale(seen: Magnitudes) -> InputScale:
-    """The candidate of least squared error over everything seen, each judged after it was rounded to bf16.
-
-    Raises:
-        AssertionError: nothing was seen, or not finite values.
-    """
+    """The candidate of least squared error over everything seen, each judged after it was rounded to bf16."""
     counts = seen.counts.cpu().double()
     values = torch.arange(BINS, dtype=torch.int16).view(torch.bfloat16).double()
     finite = values.isfinite()
     counts, values = counts[finite], values[finite]
     total = counts.sum()
+    assert seen.finite
     assert total > 0
     cumulative = counts.cumsum(0)
     energy = float((counts * values.square()).sum().clamp_min(1e-300))

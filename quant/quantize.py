@@ -273,16 +273,14 @@ class _Run:
     ) -> tuple[LayerCalibration, Tensors]:
         """Round and replay the layer's experts and add their share to `leaving_TH`."""
         name = f"{_unit(number)}.mlp"
-        experts = LayerExperts(
-            name, number, self.reader, self.shards, self.journal, self.settings, inputs, self.device
-        )
+        experts = LayerExperts(name, number, self.reader, self.shards, self.journal, self.settings, inputs, self.device)
+        w13_input = experts.w13_input()
         if self.cluster and experts.left:
             self._round_elsewhere(name, number, inputs, experts.left)
         replayed = experts.replay(writer, self.replay_quantized, tick)
         for rows in _chunks(len(leaving_TH)):
             leaving_TH[rows] += replayed.routed_TH[rows].to(leaving_TH.dtype)
         writer.flush()
-        w13_input = experts.w13_input()
         record = LayerCalibration(
             layer_name=name,
             w13_input=w13_input,
@@ -355,9 +353,7 @@ def quantization_config() -> dict[str, Any]:
     }
 
 
-def _finish(
-    checkpoint: Checkpoint, shards: Shards, calibration: Calibration, settings: Quantization, out: Path
-) -> str:
+def _finish(checkpoint: Checkpoint, shards: Shards, calibration: Calibration, settings: Quantization, out: Path) -> str:
     """Write what belongs to a finished checkpoint, the manifest last, and give the directory its name."""
     result = shards.directory
     shards.write_index()
@@ -395,7 +391,10 @@ def _fingerprint(
     calibration = {k: v for k, v in msgspec.to_builtins(text).items() if k != "sources"}
     return {
         **{f"source {name}": value for name, value in checkpoint.fingerprint().items()},
-        **{f"recipe quantization.{k}": msgspec.json.encode(v).decode() for k, v in msgspec.to_builtins(settings).items()},
+        **{
+            f"recipe quantization.{k}": msgspec.json.encode(v).decode()
+            for k, v in msgspec.to_builtins(settings).items()
+        },
         **{f"recipe calibration.{k}": msgspec.json.encode(v).decode() for k, v in calibration.items()},
         "calibration text": text_digest,
         "shard size": str(shard_bytes),

@@ -78,7 +78,13 @@ def tensor_table(plan: Plan) -> Table:
 def calibration_table(calibration: Calibration) -> Table:
     """What each layer's experts saw and how well they were rounded."""
     table = _table(
-        "layer", "tokens an expert: least / median / most", "starved", "how", "error w13 / w2", "of outputs", "input scales"
+        "layer",
+        "tokens an expert: least / median / most",
+        "starved",
+        "how",
+        "error w13 / w2",
+        "of outputs",
+        "input scales",
     )
     for layer in calibration.layers:
         tokens = sorted(layer.tokens_of_experts())

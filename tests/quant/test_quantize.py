@@ -85,9 +85,7 @@ def test_an_existing_directory_is_not_overwritten(w4afp8: Path, quantize_to: Cal
 @pytest.mark.parametrize("method", ["mse", "gptq"])
 def test_an_expert_that_saw_no_token_is_recorded(fp8: Path, tmp_path: Path, method: Method) -> None:
     one_token = write_lines(tmp_path / "short.jsonl", ["x" * 16])
-    text = CalibrationText(
-        sources=[TextSource(scene="s", path=str(one_token))], tokens_per_scene=2, sequence_tokens=2
-    )
+    text = CalibrationText(sources=[TextSource(scene="s", path=str(one_token))], tokens_per_scene=2, sequence_tokens=2)
     out = tmp_path / "out"
     quantize_checkpoint(fp8, out, text, Quantization(method=method))
     calibration = read_json(out / CALIBRATION, Calibration)
@@ -121,14 +119,12 @@ def test_a_rule_for_large_errors_keeps_the_better_rounding(quantize_to: Callable
     plain = quantize_to(tmp_path / "plain", method="mse")
     ruled = quantize_to(tmp_path / "ruled", method="mse", rules=[Rule(output_error_above=1e-9, method="gptq")])
     experts = read_json(ruled / CALIBRATION, Calibration).layers[0].experts
-    assert {e.how for e in experts} == {"gptq by rule 1"}
+    assert all(e.how.startswith("gptq by rule 1") for e in experts)
     assert digest_of_file(plain / MANIFEST) != digest_of_file(ruled / MANIFEST)
 
 
 @pytest.mark.parametrize("replay", ["quantized", "original"])
-def test_the_stream_computes_what_the_whole_model_computes(
-    text: CalibrationText, tmp_path: Path, replay: str
-) -> None:
+def test_the_stream_computes_what_the_whole_model_computes(text: CalibrationText, tmp_path: Path, replay: str) -> None:
     """Layer 2's input scale rests on layer 1's replay: it is the whole model's, quantized or original."""
     import msgspec
 
@@ -180,7 +176,9 @@ def test_activations_that_are_not_finite_name_the_layer(broken: Path, text: Cali
         quantize_checkpoint(broken, tmp_path / "out", text, Quantization(method="mse"))
 
 
-def test_what_is_not_finished_lies_beside_the_name_of_the_result(fp8: Path, text: CalibrationText, tmp_path: Path) -> None:
+def test_what_is_not_finished_lies_beside_the_name_of_the_result(
+    fp8: Path, text: CalibrationText, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     quantize_checkpoint(fp8, out, text, Quantization(method="absmax"))
     assert out.is_dir()
