@@ -5,12 +5,14 @@ or as an object, and reasoning that a template drops from its history are all br
 """
 
 import json
+import re
 from typing import Any
 
 from lightship.errors import LightshipError
 
 Message = dict[str, Any]
 THINK = "<think>\n"
+ASKS_FOR_NONE = re.compile(r"content['\"\]]*\s+is\s+(not\s+)?none")
 TYPES = {"content": str | list | None, "reasoning_content": str | None, "tool_calls": list | None}
 """What these keys of a message may hold, None for absent ones."""
 
@@ -50,17 +52,33 @@ def render_dialogue(messages: Any, tools: Any, thinking: bool | None, tokenizer:
 
 
 def _render(messages: list[Message], settings: dict[str, Any], tokenizer: Any) -> str:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
+    text = _apply_template(messages, settings, tokenizer)
     last = messages[-1]
     reasoning, answer = last.get("reasoning_content"), last["content"]
     if not settings.get("thinking") or not reasoning or not isinstance(answer, str) or reasoning.strip() in text:
         return text
     # DeepSeek's templates leave reasoning out of the history, but the model did write it: after the mark that the
     # prompt ends with (V3.1), or between marks on lines of their own (R1).
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True, **settings)
+    prompt = _apply_template(messages[:-1], settings, tokenizer, add_generation_prompt=True)
     if prompt.endswith("<think>"):
         return f"{prompt}{reasoning}</think>{answer}"
     return f"{prompt.removesuffix(THINK)}{THINK}{reasoning}\n</think>\n\n{answer}"
+
+
+def _apply_template(
+    messages: list[Message], settings: dict[str, Any], tokenizer: Any, add_generation_prompt: bool = False
+) -> str:
+    """`tokenizer.apply_chat_template`, which would drop an empty content: DeepSeek-V3's template knows a tool call by
+    its content being none, while templates that do not ask write the word None.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = tokenizer.get_chat_template(tools=settings.get("tools"))
+    if not ASKS_FOR_NONE.search(template):
+        messages = [{**m, "content": "" if m["content"] is None else m["content"]} for m in messages]
+    values = {**tokenizer.special_tokens_map, **settings, "add_generation_prompt": add_generation_prompt}
+    (text,), _ = render_jinja_template(conversations=[messages], chat_template=template, **values)
+    return text
 
 
 def _with_arguments(message: Message, form: str) -> Message:

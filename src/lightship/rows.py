@@ -194,7 +194,7 @@ def _end_of_group(group: Any) -> int:
 
 def _dataset_rows(source: TextSource) -> Iterator[Row]:
     datasets = _import_datasets(source)
-    name = _dataset_name(source)
+    name, number = _dataset_name(source), 0
     try:
         rows = datasets.load_dataset(
             source.dataset, source.config, split=source.split or "train", revision=source.revision, streaming=True
@@ -202,7 +202,7 @@ def _dataset_rows(source: TextSource) -> Iterator[Row]:
         for number, value in enumerate(rows, start=1):
             yield Row(f"{name}: row {number}", value)
     except Exception as error:  # datasets raises another class for each thing that can go wrong
-        raise _unusable_dataset(name, error) from error
+        raise _unusable_dataset(f"{name} after row {number}" if number else name, error) from error
 
 
 def _dataset_digest(source: TextSource) -> list[str]:

@@ -112,4 +112,4 @@ def _encode(text: str, tokenizer: Any, where: str) -> list[int]:
         text.encode()
     except UnicodeEncodeError:
         raise LightshipError(f"{where} holds half of a surrogate pair, which is no character; mend the row") from None
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)
