@@ -14,7 +14,8 @@ NAMES = ("Amira", "Jonas", "Mei", "Tunde", "Sofia", "Ravi", "Elena", "Kofi")
 MASSES = {"H": 1.008, "C": 12.011, "N": 14.007, "O": 15.999, "Na": 22.990, "S": 32.06, "Cl": 35.45, "Ca": 40.078}
 COMPOUNDS = {
     "water": {"H": 2, "O": 1}, "glucose": {"C": 6, "H": 12, "O": 6}, "sodium chloride": {"Na": 1, "Cl": 1},
-    "calcium carbonate": {"Ca": 1, "C": 1, "O": 3}, "ammonia": {"N": 1, "H": 3}, "sulfuric acid": {"H": 2, "S": 1, "O": 4},
+    "calcium carbonate": {"Ca": 1, "C": 1, "O": 3}, "ammonia": {"N": 1, "H": 3},
+    "sulfuric acid": {"H": 2, "S": 1, "O": 4},
     "ethanol": {"C": 2, "H": 6, "O": 1}, "sodium hydroxide": {"Na": 1, "O": 1, "H": 1},
 }  # fmt: skip
 
@@ -124,7 +125,8 @@ def resistors(rng: random.Random) -> Problem:
     parallel = a * b / (a + b)
     working = (
         f"In parallel, 1/R = 1/{a} + 1/{b}, so R = {a}·{b}/({a} + {b}) Ω = {parallel:.1f} Ω. By Ohm's law "
-        f"I = U/R = {u} V / {parallel:.1f} Ω = {1000 * u / parallel:.0f} mA, and the power is U·I = {u * u / parallel:.2f} W."
+        f"I = U/R = {u} V / {parallel:.1f} Ω = {1000 * u / parallel:.0f} mA, "
+        f"and the power is U·I = {u * u / parallel:.2f} W."
     )
     question = (
         f"Resistors of {a} Ω and {b} Ω are connected in parallel to {u} V. What current flows, and what is the power?"
@@ -137,7 +139,8 @@ def molar_mass(rng: random.Random) -> Problem:
     parts = COMPOUNDS[name]
     mass = sum(MASSES[e] * n for e, n in parts.items())
     terms = " + ".join(f"{n}·{MASSES[e]} ({e})" for e, n in parts.items())
-    working = f"The molar mass is {terms} = {mass:.2f} g/mol. The amount is {grams} g / {mass:.2f} g/mol = {grams / mass:.3f} mol."
+    working = f"The molar mass is {terms} = {mass:.2f} g/mol. "
+    working += f"The amount is {grams} g / {mass:.2f} g/mol = {grams / mass:.3f} mol."
     return f"How many moles are {grams} g of {name}?", working, f"{grams / mass:.3f} mol"
 
 

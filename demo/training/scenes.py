@@ -2,8 +2,8 @@
 
     python demo/training/scenes.py --wordnet data.noun --tang tang300 --python-lib FOLDER --javascript underscore.js
 
-The four sources are named in demo/text/calibration/README.md; reasoning-gym must be installed. The same sources and seed
-give the same files.
+The four sources are named in demo/text/calibration/README.md; reasoning-gym must be installed. The same sources and
+seed give the same files.
 """
 
 from __future__ import annotations

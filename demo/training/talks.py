@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 from problems import CHINESE, MATHEMATICS, SCIENCE
+from questions import read_jsonl
 
 Message = dict[str, Any]
 CITIES = ("Lisbon", "Osaka", "Nairobi", "Bergen", "Lima", "Montréal", "成都", "Tbilisi", "Wellington", "Kraków")
@@ -26,35 +28,8 @@ OPENINGS = (
     ("你好，我有几个问题想请教。", "你好！请说，我会尽力回答。"),
     ("Bonjour, tu parles français ?", "Oui, bien sûr ! De quoi as-tu besoin ?"),
 )
-TALKS = (
-    ("How do I reverse a list in Python without changing the original?",
-     "They want a copy in reverse order. `reverse()` changes in place; slicing or `reversed` does not.",
-     "Use a slice: `backwards = items[::-1]`. It makes a new list. `list(reversed(items))` does the same and reads a little plainer; `items.reverse()` would change the original."),
-    ("Write a two-sentence message to tell my landlord that the heating is broken.",
-     "Polite, concrete, says since when and asks for a date. Two sentences only.",
-     "Dear Mr Haas, the heating in flat 4 has been off since yesterday evening, and bleeding the radiators did not help. Could you please let me know today when someone can come to repair it?"),
-    ("Translate into Chinese: The train is late because of the snow.",
-     "因为 … 所以 is natural; late for trains is 晚点.", "由于下雪，火车晚点了。"),
-    ("What is the difference between a process and a thread?",
-     "Key points: address space, cost, isolation, communication.",
-     "A process has an address space of its own; threads of one process share it. Threads are cheaper to start and exchange data directly, but one that crashes takes the others along and shared data needs locks. Processes are isolated and talk through pipes, sockets or shared memory."),
-    ("我想在周末带父母去爬山，需要准备什么？",
-     "父母年纪可能较大，重点是安全：路线、天气、鞋、水、药、休息。",
-     "建议选台阶平缓、有缆车的路线，出发前看天气预报。穿防滑的鞋，带上水、一点干粮、薄外套和父母平时吃的药。早点出发，每走半小时休息一次，下山时尽量坐缆车，保护膝盖。"),
-    ("Is 221 a prime number?", "Test small primes: 2 no, 3: 2+2+1=5 no, 5 no, 7: 7*31=217, rest 4, 11: 11*20=220, rest 1, 13: 13*17=221. Yes, it divides.",
-     "No. 221 = 13 · 17."),
-    ("Give me a name for a bakery that only opens at night.", "Night, bread, short. Moon, owl, late, crumb, rise. 'After Rise' is a pun on sunrise and dough.",
-     "“After Rise”: bread rises, the sun does not. If you prefer something plainer: “The Owl's Oven”."),
-    ("Why is the sky blue but the sunset red?", "Rayleigh scattering goes as the inverse fourth power of wavelength; a longer path at sunset removes blue.",
-     "Air scatters short wavelengths much more than long ones, so blue light reaches us from every direction. At sunset the light crosses far more air, most of the blue is scattered out of its path, and what remains is red."),
-    ("My SQL query returns duplicates after I joined orders with payments. Why?", "An order can have several payments, so the join multiplies rows. Offer aggregate first or EXISTS.",
-     "An order with several payments appears once for each of them. Either sum the payments first, `JOIN (SELECT order_id, SUM(amount) AS paid FROM payments GROUP BY order_id) p USING (order_id)`, or, if you only ask whether there is one, use `WHERE EXISTS (…)`."),
-    ("请用一句话解释什么是通货膨胀。", "要简短，说明价格总水平上升和货币购买力下降。", "通货膨胀就是物价总水平持续上涨，同样的钱能买到的东西越来越少。"),
-    ("Can I take ibuprofen and paracetamol together?", "Generally yes for healthy adults at label doses; mention limits and when to ask a doctor.",
-     "Healthy adults generally can, each at the dose on its label, since they work differently. Do not do so with stomach ulcers, kidney or liver disease, in pregnancy, or together with blood thinners without asking a doctor or pharmacist first."),
-    ("Summarize in one line: The committee met for three hours, heard two experts, and in the end postponed the vote to May.",
-     "Outcome first.", "After three hours and two experts, the committee postponed its vote to May."),
-)  # fmt: skip
+TALKS = [tuple(row.values()) for row in read_jsonl(Path(__file__).parent / "passages" / "talks.jsonl")]
+"""Questions, what to think of them, and answers."""
 
 
 def tool(name: str, description: str, **parameters: str) -> Message:
@@ -69,12 +44,36 @@ def tool(name: str, description: str, **parameters: str) -> Message:
 
 TOOLS = (
     tool("get_weather", "Current weather of a place", city="string: the place", unit="string: celsius or fahrenheit"),
-    tool("convert_currency", "Convert money at today's rate", amount="number: how much", source="string: ISO code", target="string: ISO code"),
-    tool("search_flights", "Find flights", origin="string: city", destination="string: city", date="string: YYYY-MM-DD"),
+    tool(
+        "convert_currency",
+        "Convert money at today's rate",
+        amount="number: how much",
+        source="string: ISO code",
+        target="string: ISO code",
+    ),
+    tool(
+        "search_flights",
+        "Find flights",
+        origin="string: city",
+        destination="string: city",
+        date="string: YYYY-MM-DD",
+    ),
     tool("run_sql", "Run a read-only query on the shop's database", query="string: SQL"),
-    tool("create_event", "Put an event into the calendar", title="string: what", start="string: ISO 8601", minutes="integer: how long"),
-    tool("read_file", "Read lines of a text file", path="string: the file", first="integer: first line", last="integer: last line"),
-)  # fmt: skip
+    tool(
+        "create_event",
+        "Put an event into the calendar",
+        title="string: what",
+        start="string: ISO 8601",
+        minutes="integer: how long",
+    ),
+    tool(
+        "read_file",
+        "Read lines of a text file",
+        path="string: the file",
+        first="integer: first line",
+        last="integer: last line",
+    ),
+)
 
 
 def dialogue(rng: random.Random) -> Message:
@@ -103,32 +102,58 @@ def exchange(question: str, answer: str) -> list[Message]:
 def tool_use(rng: random.Random) -> Message:
     """A question, one or two calls, what they returned, and the answer made of it."""
     kind, city, other = rng.randrange(6), *rng.sample(CITIES, 2)
-    day, degrees, amount = (
-        f"2026-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}",
-        rng.randint(-12, 38),
-        rng.randint(20, 9000),
-    )
+    day = f"2026-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
+    degrees, amount = rng.randint(-12, 38), rng.randint(20, 9000)
     price, hour, line = rng.randint(80, 1400), rng.randint(7, 20), rng.randint(1, 400)
+    flights = [
+        {"departs": f"{hour:02}:40", "stops": 1, "price": price},
+        {"departs": "21:15", "stops": 0, "price": price + 95},
+    ]
+    query = f"SELECT COUNT(*) FROM orders JOIN customers USING (customer_id) WHERE total > {amount} AND city = '{city}'"
+    event = {"title": f"Meeting with the team from {city}", "start": f"{day}T{hour:02}:00:00", "minutes": 60}
+    log = [
+        f"{day} {hour:02}:00:01 INFO request {amount} accepted",
+        f"{day} {hour:02}:00:03 WARN queue is {price} long",
+        f"{day} {hour:02}:00:09 ERROR timeout after {line} ms",
+    ]
     cases: list[tuple[str, list[Message], list[Message], str]] = [
-        (f"What is the weather like in {city} and in {other}?",
-         [{"city": city, "unit": "celsius"}, {"city": other, "unit": "celsius"}],
-         [{"temperature": degrees, "sky": "clear"}, {"temperature": degrees + 3, "sky": "rain"}],
-         f"{city} has {degrees} °C and a clear sky; in {other} it is {degrees + 3} °C and raining."),
-        (f"把{amount}欧元换成人民币是多少？", [{"amount": amount, "source": "EUR", "target": "CNY"}],
-         [{"amount": round(amount * 7.83, 2), "rate": 7.83}], f"按今天的汇率7.83计算，{amount}欧元约合{amount * 7.83:.2f}元人民币。"),
-        (f"Find me a flight from {city} to {other} on {day}.", [{"origin": city, "destination": other, "date": day}],
-         [{"flights": [{"departs": f"{hour:02}:40", "stops": 1, "price": price}, {"departs": "21:15", "stops": 0, "price": price + 95}]}],
-         f"There are two: at {hour:02}:40 with one stop for {price} euros, and nonstop at 21:15 for {price + 95} euros."),
-        (f"How many orders above {amount} euros did we have from {city}?",
-         [{"query": f"SELECT COUNT(*) FROM orders JOIN customers USING (customer_id) WHERE total > {amount} AND city = '{city}'"}],
-         [{"rows": [[line]]}], f"{line} orders from {city} were above {amount} euros."),
-        (f"Put a meeting with the team from {city} on {day} at {hour}, one hour.",
-         [{"title": f"Meeting with the team from {city}", "start": f"{day}T{hour:02}:00:00", "minutes": 60}],
-         [{"id": f"evt_{line}", "conflicts": []}], f"Done: {day}, {hour}:00 to {hour + 1}:00. Nothing else is on at that time."),
-        (f"What stands in lines {line} to {line + 2} of server.log?", [{"path": "server.log", "first": line, "last": line + 2}],
-         [{"lines": [f"{day} {hour:02}:00:01 INFO request {amount} accepted", f"{day} {hour:02}:00:03 WARN queue is {price} long", f"{day} {hour:02}:00:09 ERROR timeout after {line} ms"]}],
-         f"Request {amount} was accepted, then the queue grew to {price} entries, and after {line} ms there was a timeout."),
-    ]  # fmt: skip
+        (
+            f"What is the weather like in {city} and in {other}?",
+            [{"city": city, "unit": "celsius"}, {"city": other, "unit": "celsius"}],
+            [{"temperature": degrees, "sky": "clear"}, {"temperature": degrees + 3, "sky": "rain"}],
+            f"{city} has {degrees} °C and a clear sky; in {other} it is {degrees + 3} °C and raining.",
+        ),
+        (
+            f"把{amount}欧元换成人民币是多少？",
+            [{"amount": amount, "source": "EUR", "target": "CNY"}],
+            [{"amount": round(amount * 7.83, 2), "rate": 7.83}],
+            f"按今天的汇率7.83计算，{amount}欧元约合{amount * 7.83:.2f}元人民币。",
+        ),
+        (
+            f"Find me a flight from {city} to {other} on {day}.",
+            [{"origin": city, "destination": other, "date": day}],
+            [{"flights": flights}],
+            f"There are two: at {hour:02}:40 with one stop for {price} euros, or nonstop at 21:15 for {price + 95}.",
+        ),
+        (
+            f"How many orders above {amount} euros did we have from {city}?",
+            [{"query": query}],
+            [{"rows": [[line]]}],
+            f"{line} orders from {city} were above {amount} euros.",
+        ),
+        (
+            f"Put a meeting with the team from {city} on {day} at {hour}, one hour.",
+            [event],
+            [{"id": f"evt_{line}", "conflicts": []}],
+            f"Done: {day}, {hour}:00 to {hour + 1}:00. Nothing else is on at that time.",
+        ),
+        (
+            f"What stands in lines {line} to {line + 2} of server.log?",
+            [{"path": "server.log", "first": line, "last": line + 2}],
+            [{"lines": log}],
+            f"Request {amount} was accepted, the queue grew to {price} entries, and after {line} ms it timed out.",
+        ),
+    ]
     question, arguments, results, answer = cases[kind]
     name = TOOLS[kind]["function"]["name"]
     ids = [f"call_{rng.randrange(16**8):08x}" for _ in arguments]
