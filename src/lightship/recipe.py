@@ -41,7 +41,7 @@ class TextSource(Section, frozen=True, kw_only=True):
     """`train` if absent."""
     column: str | None = None
     """The column that holds the text (strings) or the messages (lists); `messages` or `text` if absent."""
-    weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 1.0
     """The source gives this many times `tokens_per_scene` tokens."""
     thinking: bool | None = None
     """Tell the chat template to think or not to; with `false`, reasoning in the rows is left out."""
