@@ -38,6 +38,7 @@ GLM = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for t in m.tool_calls or [] %}"
     "{% for k, v in t.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}{% endfor %}{% endfor %}"
 )
+KEYS = "{% for m in messages %}{{ m.keys() | sort | join(' ') }};{% endfor %}"
 ALTERNATING = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}"
 
 
@@ -95,7 +96,7 @@ def test_tools_are_handed_to_the_template(tools: Any) -> None:
 
 def test_nulls_that_a_table_put_in_are_as_if_absent() -> None:
     padded = [{**m, "tool_calls": None, "reasoning_content": m.get("reasoning_content")} for m in THOUGHTFUL]
-    for template in (DEEPSEEK_V3, DEEPSEEK_V31, QWEN, GLM):
+    for template in (DEEPSEEK_V3, DEEPSEEK_V31, QWEN, GLM, KEYS):
         assert render(template, padded) == render(template, THOUGHTFUL)
 
 

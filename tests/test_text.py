@@ -188,6 +188,15 @@ def test_the_deepseek_recipe_asks_for_512_sequences_of_2048_tokens() -> None:
     assert text.sequence_tokens == 2048
 
 
+def test_the_deepseek_recipes_held_out_text_is_in_no_calibration_scene() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "deepseek-v3.toml")
+    seen, held_out = (
+        {line for s in text.sources for line in Path(str(s.path)).read_text().splitlines()}
+        for text in (recipe.calibration, recipe.fidelity)
+    )
+    assert not seen & held_out
+
+
 def test_chinese_survives_the_demo_tokenizer(tokenizer: Any) -> None:
     chinese = (ROOT / "demo/training/passages/chinese.txt").read_text()
     assert tokenizer.decode(tokenizer.encode(chinese, add_special_tokens=False)) == chinese
