@@ -143,11 +143,24 @@ def test_a_fused_projection_of_an_engine_is_fp8_and_no_expert_is(converted: Path
     assert all(matches(fp8, f"model.layers.1.{name}") for name in fused)
     assert not matches(fp8, "model.layers.1.mlp.experts.3.up_proj")
     assert matches(int4, "model.decoder.mlp.experts.3.up_proj")
+    assert "Linear" in int4, "SGLang looks up the group size there"
     assert not any("experts" in target for target in fp8), "transformers would take the group for the experts'"
     ignored = json.loads((converted / "config.json").read_text())["quantization_config"]["ignore"]
     assert "lm_head" in ignored
     assert matches(ignored, "model.layers.1.mlp.gate")
     assert not matches(ignored, "model.layers.1.mlp.gate_up_proj")
+
+
+def test_every_tensor_begins_at_a_multiple_of_its_width(changed: Callable[..., Path], tmp_path: Path) -> None:
+    convert(changed(an_odd_one=torch.zeros(3, dtype=torch.uint8)), tmp_path / "out", unseen, shard_bytes=300_000)
+    widths = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        content = shard.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        assert end % 8 == 0
+        header = json.loads(content[8:end])
+        del header["__metadata__"]
+        assert all(entry["data_offsets"][0] % widths[entry["dtype"]] == 0 for entry in header.values())
 
 
 def test_shards_are_bounded_indexed_and_in_the_manifest(w4afp8: Path, tmp_path: Path) -> None:
