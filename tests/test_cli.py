@@ -15,7 +15,8 @@ from lightship import __version__
 from lightship.checkpoint import INDEX
 from tests.quant.test_quantize import poison
 
-COMMANDS = ["plan", "quantize", "verify", "serve", "evaluate", "bench", "release", "promote", "report", "compare"]
+COMMANDS = ["plan", "quantize", "verify", "convert", "serve", "evaluate", "bench", "release", "promote", "report"]
+COMMANDS += ["compare"]
 RECIPE = """
 model = "m"
 [calibration]

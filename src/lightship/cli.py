@@ -147,6 +147,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="write the record as JSON to this file")
 
     sub = command(
+        "convert",
+        _convert,
+        "Write a W4AFP8 checkpoint again in another format, with the same weights.",
+        "convert OUT OUT-CT --to compressed-tensors",
+    )
+    sub.add_argument("checkpoint", type=Path, help="W4AFP8 checkpoint directory")
+    sub.add_argument("out", type=Path, help="new directory")
+    sub.add_argument("--to", choices=["compressed-tensors"], required=True, help="the format to write")
+
+    sub = command(
         "serve",
         _serve,
         "Serve an FP8 or W4AFP8 checkpoint behind an OpenAI-compatible API, on the CPU.",
@@ -288,6 +298,16 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.out:
         write_json(arguments.out, verification)
     return 0 if verification.passed else 1
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from lightship.progress import tracked
+    from lightship.quant.compressed_tensors import convert
+    from lightship.summary import size
+
+    written = convert(arguments.checkpoint, arguments.out.absolute(), tracked)
+    print(f"converted    {size(written)} as {arguments.to}, in {arguments.out}")
+    return 0
 
 
 def _serve(arguments: argparse.Namespace) -> int:
