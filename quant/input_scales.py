@@ -1,5 +1,7 @@
 """The static activation scales of a W4AFP8 checkpoint: SGLang takes a missing one for 1.0 and says nothing."""
 
+from collections.abc import Iterator
+
 import torch
 
 from lightship.checkpoint import Checkpoint, TensorReader
@@ -23,43 +25,57 @@ def check_input_scales(checkpoint: Checkpoint, layers: list[str], exact: Finding
     scales, shared = Findings("input scales"), Findings("one scale a layer")
     note_inexact, note_unequal = (exact.fail, shared.fail) if ours else (exact.warn, shared.warn)
     reader = checkpoint.reader()
-    count = checkpoint.dimensions.n_routed_experts
     read = 0
     for layer in tracked(layers, "input scales"):
-        values: dict[str, float] = {}
-        for expert in range(count):
-            for projection, w in INPUT_SCALES.items():
-                name = f"{layer}.experts.{expert}.{w}.input_scale"
-                value = _input_scale(checkpoint, reader, name, f"{layer}.experts.{expert}.{projection}", scales)
-                if value is not None:
-                    values[f"{expert}.{w}"] = value
+        values = _layer_scales(checkpoint, reader, layer, scales)
         read += len(values)
-        rounded = {key: float(torch.tensor(value).bfloat16()) for key, value in values.items()}
         if values and set(values.values()) == {1.0}:
             scales.fail(f"{layer}: every input scale is 1.0, a placeholder that was never calibrated")
             continue
-        for key, value in values.items():
-            name = f"{layer}.experts.{key}.input_scale"
+        rounded = {key: float(torch.tensor(value).bfloat16()) for key, value in values.items()}
+        for (expert, w), value in values.items():
+            name = f"{layer}.experts.{expert}.{w}.input_scale"
+            kept = rounded[expert, w]
             if value == 1.0:
                 scales.fail(f"{name} is 1.0, SGLang's placeholder: it was never calibrated")
-            if value != rounded[key]:
-                note_inexact(f"{name} is {value:.9g}, which bf16 cannot hold: SGLang takes {rounded[key]:.9g}")
-        for expert in range(count):
-            w1, w3 = rounded.get(f"{expert}.w1"), rounded.get(f"{expert}.w3")
-            if w1 is not None and w3 is not None and abs(w1 - w3) > LARGEST_DIFFERENCE:
-                scales.fail(f"{layer}.experts.{expert}: w1's input scale is {w1:.6g}, w3's {w3:.6g}; SGLang refuses it")
-        for inputs in (("w1", "w3"), ("w2",)):
-            found = {key: value for key, value in rounded.items() if key.split(".")[1] in inputs}
-            if len(set(found.values())) > 1:
-                least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
-                note_unequal(
-                    f"{layer}: {'/'.join(inputs)} from {found[least]:.6g} (expert {least}) to {found[most]:.6g} "
-                    f"(expert {most}): TP takes the largest of all, EP that of a rank's own, so they differ"
-                )
+            if value != kept:
+                note_inexact(f"{name} is {value:.9g}, which bf16 cannot hold: SGLang takes {kept:.9g}")
+            w3 = rounded.get((expert, "w3"), kept)
+            if w == "w1" and abs(kept - w3) > LARGEST_DIFFERENCE:
+                scales.fail(f"{layer}.experts.{expert}: w1's input scale is {kept:.6g}, w3's {w3:.6g}; SGLang stops")
+        for text in _unequal(layer, rounded):
+            note_unequal(text)
     return [
         scales.check(f"{read:,}: each there, positive, calibrated; w1 = w3"),
         shared.check("one for w1 and w3, one for w2: TP and EP compute the same"),
     ]
+
+
+Scales = dict[tuple[int, str], float]
+"""(expert, w1 | w2 | w3) -> input scale."""
+
+
+def _layer_scales(checkpoint: Checkpoint, reader: TensorReader, layer: str, scales: Findings) -> Scales:
+    """A layer's input scales, without those that are missing or unusable, which are faults."""
+    values = {}
+    for expert in range(checkpoint.dimensions.n_routed_experts):
+        stem = f"{layer}.experts.{expert}"
+        for projection, w in INPUT_SCALES.items():
+            value = _input_scale(checkpoint, reader, f"{stem}.{w}.input_scale", f"{stem}.{projection}", scales)
+            if value is not None:
+                values[expert, w] = value
+    return values
+
+
+def _unequal(layer: str, rounded: Scales) -> Iterator[str]:
+    for inputs in (("w1", "w3"), ("w2",)):
+        found = sorted((value, expert) for (expert, w), value in rounded.items() if w in inputs)
+        if found and found[0][0] != found[-1][0]:
+            (least, low), (most, high) = found[0], found[-1]
+            yield (
+                f"{layer}: {'/'.join(inputs)} from {least:.6g} (expert {low}) to {most:.6g} (expert {high}): "
+                "TP takes the largest of all, EP that of a rank's own, so they differ"
+            )
 
 
 def _input_scale(

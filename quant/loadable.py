@@ -95,6 +95,9 @@ def check_experts(checkpoint: Checkpoint) -> Check:
         packed = any(name.endswith("weight_packed") for name in checkpoint.tensors)
         other = ": it is compressed-tensors' pack-quantized format, not W4AFP8" if packed else ""
         found.fail(f"no routed experts at all (…mlp.experts.N.gate_proj.weight){other}")
+    for key in ("hidden_size", "moe_intermediate_size"):
+        if getattr(checkpoint.dimensions, key) % GROUP:
+            found.fail(f"{key} {getattr(checkpoint.dimensions, key)} is no multiple of {GROUP}, the group size")
     for missing in _missing_layers(checkpoint, layers):
         found.fail(f"layer {missing} has no routed experts")
     for layer, present in layers.items():

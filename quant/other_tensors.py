@@ -6,7 +6,7 @@ import torch
 
 from lightship.checkpoint import EXPERT, Checkpoint
 from lightship.progress import tracked
-from lightship.quant.expert_weights import count_not_finite, read_source_weight
+from lightship.quant.expert_weights import count_not_finite, read_source_weight, row_blocks
 from lightship.quant.findings import Findings
 from lightship.quant.loadable import FLOATS
 from lightship.records import Check
@@ -14,7 +14,6 @@ from lightship.w4afp8 import GROUP, dequantize_fp8_blocks
 
 LARGEST_FP8_ERROR = 0.005
 """Of a linear that a BF16 source's conversion to FP8 blocks has rounded; e4m3 costs about 0.0007."""
-BLOCK_ELEMENTS = 1 << 24
 
 
 def check_others(checkpoint: Checkpoint, original: Checkpoint | None, finite: Findings) -> Check | None:
@@ -84,19 +83,6 @@ def _lost(checkpoint: Checkpoint, original: Checkpoint) -> Iterator[str]:
 
 def _layer_number(name: str) -> int | None:
     return Checkpoint.layer_number(name) if ".layers." in name else None
-
-
-def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Slices of whole 128-row blocks that together are the tensor; none for a scalar, which is read whole."""
-    if not shape:
-        yield ()
-        return
-    width = 1
-    for n in shape[1:]:
-        width *= n
-    step = max(GROUP, BLOCK_ELEMENTS // max(width, 1) // GROUP * GROUP)
-    for start in range(0, shape[0], step):
-        yield (slice(start, min(start + step, shape[0])),)
 
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -302,6 +303,14 @@ def test_a_degree_that_misaligns_the_scales_is_a_warning_and_no_degree_a_fault(c
     assert "no degree works" in failures(copy)["tensor parallel"]
 
 
+def test_sizes_that_are_not_whole_groups_are_named(copy: Path, fp8: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(fp8, tmp_path / "source")
+    for path in (copy, source):
+        change_config(path, hidden_size=64)
+        change_tensors(path, lambda t: [t.update({n: t[n][:, : t[n].shape[1] // 2]}) for n in EXPERT_WEIGHTS])
+    assert "hidden_size 64 is no multiple of 128" in failures(copy, source)["experts"]
+
+
 # Configuration
 
 
@@ -339,7 +348,7 @@ def test_a_group_size_that_sglang_ignores_is_a_warning(foreign: Path) -> None:
 
 
 @pytest.fixture
-def mtp(copy: Path, fp8: Path) -> Path:
+def mtp(copy: Path) -> Path:
     """The checkpoint with an int4 MTP layer, as config.json says."""
 
     def change(tensors: Tensors) -> None:
@@ -412,7 +421,7 @@ def test_a_quantized_source_is_refused(w4afp8: Path) -> None:
 
 
 def test_a_large_tensor_is_compared_in_blocks(copy: Path, fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightship.quant.other_tensors.BLOCK_ELEMENTS", 128 * 128)
+    monkeypatch.setattr("lightship.quant.expert_weights.BLOCK_ELEMENTS", 128 * 128)
     assert failures(copy, fp8) == {}
     change_tensors(copy, lambda t: t["lm_head.weight"][-1, -1].add_(1))
     assert failures(copy, fp8) == {"untouched": "lm_head.weight differs from the source"}
@@ -504,6 +513,29 @@ def test_no_rounding_of_ours_looks_like_offset_binary(method: str, distribution:
 
 
 # Files
+
+
+def test_tensors_that_another_tool_wrote_at_odd_offsets_are_read(foreign: Path, fp8: Path) -> None:
+    (shard,) = foreign.glob("*.safetensors")
+    data = shard.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    body, offset = [b"x"], 1
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            body.append(data[8 + length + begin : 8 + length + end])
+            entry["data_offsets"] = [offset, offset + end - begin]
+            offset += end - begin
+    header["a"] = {"dtype": "I8", "shape": [1], "data_offsets": [0, 1]}
+    text = json.dumps(header).encode()
+    shard.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(body))
+    index = json.loads((foreign / INDEX).read_text())
+    index["weight_map"]["a"] = shard.name
+    (foreign / INDEX).write_text(json.dumps(index))
+    verification = verify(foreign, fp8)
+    assert verification.passed, failures(foreign, fp8)
+    assert warnings(foreign, fp8)["untouched"] == "a is not in the source"
 
 
 def test_a_changed_file_is_caught_by_the_manifest(copy: Path) -> None:
