@@ -81,9 +81,9 @@ class ExpertsPass:
         straight = packed.shape == (rows, columns // 2) and scale.shape == (rows, columns // GROUP)
         how = None
         if self.original_reader:
-            theirs = self.original_reader.checkpoint.info(name).shape
-            if theirs != (rows, columns):
-                raise CheckpointError(f"{name} of the source is {list(theirs)}, not {[rows, columns]}")
+            theirs = self.original_reader.checkpoint.info(name)
+            if theirs.shape != (rows, columns) and theirs.dtype != "I8":
+                raise CheckpointError(f"{name} of the source is {list(theirs.shape)}, not {[rows, columns]}")
             how = self._compare(self.original_reader, layer, name, packed, scale, straight=straight)
         if how is None and is_offset_binary(packed):
             how = OFFSET
