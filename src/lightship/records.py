@@ -163,12 +163,24 @@ class Check(Record, frozen=True, kw_only=True):
     name: str
     passed: bool
     detail: str
+    warned: bool = False
+    """Something was found that is served, but that a person should know of; it fails nothing."""
+    findings: list[str] = []
+    """The first hundred faults and warnings, faults first."""
+    found: int = 0
+    """How many there are."""
+
+    @property
+    def outcome(self) -> Literal["pass", "warn", "fail"]:
+        return ("warn" if self.warned else "pass") if self.passed else "fail"
 
 
 class Verification(Record, frozen=True, kw_only=True):
     """Whether a checkpoint is what SGLang's loader needs it to be."""
 
     path: str
+    source: str | None = None
+    """What it was compared with."""
     checks: list[Check]
     layers: list[LayerError]
 
