@@ -61,7 +61,7 @@ def nearest(x, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 @triton.jit
 def _round_to_bf16(x):
-    """The nearest bf16, ties to even, as float32. Written out because Triton's interpreter, which tests use, truncates."""
+    """The nearest bf16, ties to even, as float32; written out, because Triton's interpreter, for tests, truncates."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 

@@ -38,9 +38,7 @@ def rounding_for(settings: RoundingSettings) -> Rounding:
         case "mse":
             return partial(round_mse, signed=settings.signed_scales)
         case "gptq":
-            return partial(
-                round_gptq, signed=settings.signed_scales, damping=settings.damping, sweeps=settings.sweeps
-            )
+            return partial(round_gptq, signed=settings.signed_scales, damping=settings.damping, sweeps=settings.sweeps)
 
 
 def round_with_scales(w_OI: torch.Tensor, scale_OG: torch.Tensor) -> Int4Weight:
