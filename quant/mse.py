@@ -3,8 +3,8 @@
 Clipping the largest weight a little costs less than a coarse step for the other 127. A signed scale turns the
 asymmetric int4 range [-8, 7] around, so that -8 serves the group's extreme whatever its sign.
 
-The grid is scale = amax / divisor. First every COARSE divisor is tried, then those that lie FINE steps beside the
-best. Against all 52 divisors from 6.8 to 11.9 that adds 0.05 % to the error on Gaussian weights and takes a third of the
+The grid is scale = amax / divisor. First every COARSE divisor is tried, then those that lie FINE steps beside
+the best. Against all 52 divisors from 6.8 to 11.9 that adds 0.05 % to the error on Gaussian weights for a third of the
 work. Both signs cost one pass: -scale is scale with the ends of int4 swapped, so the errors differ only where
 |w| > 7.5 scale, where one end is a step nearer than the other.
 """
