@@ -72,6 +72,22 @@ class CalibrationText(Section, frozen=True, kw_only=True):
     sources: Annotated[list[TextSource], msgspec.Meta(min_length=1)]
     tokens_per_scene: Positive = 16384
     sequence_tokens: Positive = 512
+    replay: Literal["quantized", "original"] = "quantized"
+    """The weights with which a block's outputs are computed for the next: as the result will be served, or the source's,
+    which makes the layers independent of one another."""
+
+
+class Cluster(Section, frozen=True, kw_only=True):
+    """A Dask cluster that rounds the experts; it changes how long that takes, not what comes out."""
+
+    workers: Positive | None = None
+    """Start this many worker processes on this machine."""
+    scheduler: str | None = None
+    """Use the cluster of this Dask scheduler, `tcp://host:8786`; its workers see source and result by the same paths."""
+
+    def __post_init__(self) -> None:
+        if (self.workers is None) == (self.scheduler is None):
+            raise ValueError("cluster needs exactly one of workers and scheduler")
 
 
 class Serving(Section, frozen=True, kw_only=True):
@@ -141,6 +157,7 @@ class Recipe(Section, frozen=True, kw_only=True):
     """The registered model's name."""
     quantization: Quantization = Quantization()
     calibration: CalibrationText
+    cluster: Cluster | None = None
     serving: Serving = Serving()
     accuracy: AccuracyTask
     fidelity: FidelityText

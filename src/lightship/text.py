@@ -70,3 +70,7 @@ def _existing(source: TextSource) -> Path:
     if not path.is_file():
         raise LightshipError(f"the text of scene {source.scene!r} is missing: {path}; check the recipe's paths")
     return path
+
+
+def read_scenes(text: Any, tokenizer: Any) -> "dict[str, list[torch.Tensor]]":
+    return {s.scene: read_sequences(s, tokenizer, text.tokens_per_scene, text.sequence_tokens) for s in text.sources}
