@@ -23,6 +23,11 @@ class PlannedTensor(Record, frozen=True, kw_only=True):
 
     name: str
     action: Action
+    converted: bool
+    """The source holds this linear in 16 or 32 bits, and we make its FP8 blocks; other `fp8` tensors stay as they
+    are."""
+    part: str
+    """Of the model: routed experts, attention, …; see `lightship.weights.Part`."""
     dtype: str
     shape: list[int]
     bytes_before: int
