@@ -10,16 +10,14 @@ bit for bit. What changes is names, packing and config.json:
     …experts.E.w1.input_scale      one value             none: activations get a scale a token at run time
     other linears, weight_scale_inv                      weight_scale, float32, group float-quantized (128 x 128)
 
-Every size is known from the headers, so a shard's header is written first and then one tensor at a time.
+One tensor at a time is in memory.
 
     lightship convert W4AFP8_DIR OUT --to compressed-tensors
 """
 
 import json
-import math
 import re
 import shutil
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +27,15 @@ import msgspec
 import torch
 
 from lightship import __version__
-from lightship.checkpoint import BYTES_OF, EXPERT, INDEX, MANIFEST, Checkpoint, TensorInfo, TensorReader
+from lightship.checkpoint import EXPERT, MANIFEST, Checkpoint, TensorReader
 from lightship.errors import CheckpointError, LightshipError
 from lightship.files import publish_directory
 from lightship.manifest import describe_files, read_manifest, write_manifest
+from lightship.quant.layout import SHARD_BYTES, Shards
+from lightship.quant.plan import PlannedOutput
+from lightship.shards import TensorInfo
 from lightship.w4afp8 import GROUP
 
-SHARD_BYTES = 4_000_000_000
 FORMAT = "compressed-tensors"
 NOT_COPIED = {"config.json", "hf_quant_config.json"}
 FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
@@ -50,7 +50,7 @@ def convert(
     """Write the W4AFP8 checkpoint `source` into the new directory `out` as compressed-tensors.
 
     Args:
-        progress: wraps the tensors of a shard, to show how far it is.
+        progress: wraps the tensors, to show how far it is.
         shard_bytes: a shard is closed before it would grow beyond this.
 
     Returns:
@@ -71,21 +71,18 @@ def convert(
     if not (source / MANIFEST).is_file():
         raise CheckpointError(f"{source} has no {MANIFEST}, so it is not known to be complete; quantize again")
     _check_experts(checkpoint)
-    outputs_of_all = [output for info in checkpoint.tensors.values() for output in _outputs_of(checkpoint, info)]
-    shards = _in_shards(outputs_of_all, shard_bytes)
+    outputs = [output for info in checkpoint.tensors.values() for output in _outputs_of(checkpoint, info)]
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         reader = checkpoint.reader()
-        weight_map: dict[str, str] = {}
-        for number, outputs in enumerate(shards, 1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write_shard(partial / name, outputs, reader, progress)
-            weight_map |= {output.name: name for output in outputs}
-        total = sum(output.nbytes for outputs in shards for output in outputs)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        shards = Shards(partial, [output.tensor for output in outputs], shard_bytes)
+        shards.reserve()
+        for output in progress(outputs, f"writing {FORMAT}"):
+            shards.write(output.tensor.name, output.value(reader))
+        shards.write_index()
+        shards.close()
         for companion in checkpoint.companions():
             if companion.name not in NOT_COPIED:
                 shutil.copyfile(companion, partial / companion.name)
@@ -99,7 +96,7 @@ def convert(
         publish_directory(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return total
+    return sum(output.tensor.nbytes for output in outputs)
 
 
 def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -183,14 +180,8 @@ def _ignored(kept: list[str], fp8: list[str]) -> list[str]:
 class Output:
     """A tensor to be written: what its header says, and how its value is found."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+    tensor: PlannedOutput
     value: Callable[[TensorReader], torch.Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * BYTES_OF[self.dtype]
 
 
 def _check_experts(checkpoint: Checkpoint) -> None:
@@ -219,9 +210,9 @@ def _outputs_of(checkpoint: Checkpoint, info: TensorInfo) -> list[Output]:
             raise _unexpected(checkpoint, scale, f"BF16 or F32 {list(groups)}")
         out_features, in_features = info.shape[0], info.shape[1] * 2
         return [
-            Output(f"{name}_packed", "I32", (out_features, in_features // 8), lambda r: pack_int32(r.read(name))),
-            Output(f"{name}_scale", "BF16", scale.shape, lambda r: _bf16(r, scale.name)),
-            Output(f"{name}_shape", "I64", (2,), lambda _: torch.tensor([out_features, in_features])),
+            _output(f"{name}_packed", "I32", (out_features, in_features // 8), lambda r: pack_int32(r.read(name))),
+            _output(f"{name}_scale", "BF16", scale.shape, lambda r: _bf16(r, scale.name)),
+            _output(f"{name}_shape", "I64", (2,), lambda _: torch.tensor([out_features, in_features])),
         ]
     if name.endswith("_scale_inv"):
         weight = checkpoint.info(name.removesuffix("_scale_inv"))
@@ -233,7 +224,11 @@ def _outputs_of(checkpoint: Checkpoint, info: TensorInfo) -> list[Output]:
         name = name.removesuffix("_inv")
     elif info.dtype == "F8_E4M3":
         checkpoint.info(f"{name}_scale_inv")
-    return [Output(name, info.dtype, info.shape, lambda r: r.read_finite(info.name))]
+    return [_output(name, info.dtype, info.shape, lambda r: r.read_finite(info.name))]
+
+
+def _output(name: str, dtype: str, shape: tuple[int, ...], value: Callable[[TensorReader], torch.Tensor]) -> Output:
+    return Output(PlannedOutput(name, dtype, list(shape)), value)
 
 
 def _unexpected(checkpoint: Checkpoint, info: TensorInfo, expected: str) -> CheckpointError:
@@ -257,38 +252,3 @@ def _bf16(reader: TensorReader, name: str) -> torch.Tensor:
     if not scale_OG.isfinite().all():
         raise CheckpointError(f"{reader.checkpoint.path}: the tensor {name} exceeds bf16's range; quantize again")
     return scale_OG
-
-
-def _in_shards(outputs: list[Output], shard_bytes: int) -> list[list[Output]]:
-    shards: list[list[Output]] = []
-    filled = 0
-    for output in outputs:
-        if not shards or filled + output.nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(output)
-        filled += output.nbytes
-    return shards
-
-
-def _write_shard(
-    path: Path,
-    outputs: list[Output],
-    reader: TensorReader,
-    progress: Callable[[Iterable[Output], str], Iterable[Output]],
-) -> None:
-    """Write a safetensors file tensor by tensor; the widest dtypes come first, so that each is aligned."""
-    outputs = sorted(outputs, key=lambda o: -BYTES_OF[o.dtype])
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for output in outputs:
-        begin, end = end, end + output.nbytes
-        header[output.name] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for output in progress(outputs, f"writing {path.name}"):
-            tensor = output.value(reader).contiguous()
-            assert tensor.shape == output.shape
-            file.write(tensor.flatten().view(torch.uint8).numpy().data)

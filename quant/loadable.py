@@ -109,7 +109,7 @@ def check_experts(checkpoint: Checkpoint) -> Check:
             _check_tensor(checkpoint, found, weight, ("I8",), (rows, columns // 2))
             _check_tensor(checkpoint, found, f"{weight}_scale_inv", SCALE_DTYPES, (rows, columns // GROUP))
     return found.check(
-        f"{count * len(layers):,} in {len(layers)} layers: names, dtypes and shapes as SGLang reads them"
+        f"{count * len(layers):,} ({count} in each of {len(layers)} layers): names, dtypes, shapes as SGLang reads them"
     )
 
 

@@ -387,6 +387,10 @@ def test_an_mtp_layer_and_config_that_disagree_are_named(mtp: Path, w4afp8: Path
 def test_an_mtp_layer_that_was_left_out_is_not_missing(copy: Path, tmp_path: Path) -> None:
     source = write_fp8_checkpoint(tmp_path / "source", mtp=True)
     assert "untouched" not in failures(copy, source)
+    change_tensors(copy, lambda t: t.update({"model.layers.2.enorm.weight": torch.ones(128).bfloat16()}))
+    assert "model.layers.2.hnorm.weight of the source is missing" in "; ".join(
+        checks(copy, source)["untouched"].findings
+    ), "it was left out by half"
 
 
 # Against the source
@@ -421,7 +425,7 @@ def test_a_quantized_source_is_refused(w4afp8: Path) -> None:
 def test_a_large_tensor_is_compared_in_blocks(copy: Path, fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightship.quant.expert_weights.BLOCK_ELEMENTS", 128 * 128)
     assert failures(copy, fp8) == {}
-    change_tensors(copy, lambda t: t["lm_head.weight"][-1, -1].add_(1))
+    change_tensors(copy, lambda t: t["lm_head.weight"][130, 0].add_(1))  # in the second block of three
     assert failures(copy, fp8) == {"untouched": "lm_head.weight differs from the source"}
 
 
