@@ -145,7 +145,6 @@ def test_no_sweep_ever_makes_the_error_larger(seed: int, tokens: int, magnitude:
 
     errors = [error(sweeps) for sweeps in range(4)]
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(errors)), errors
-    assert errors[3] < errors[0]
 
 
 def test_a_rule_reaches_the_method() -> None:
