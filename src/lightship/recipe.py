@@ -61,7 +61,7 @@ class RoundingSettings(Section, frozen=True, kw_only=True):
     """Let a group's scale be negative, so that its largest weight can use the -8 end of int4."""
     damping: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.01
     """GPTQ adds this fraction of the Hessian's mean diagonal to its diagonal."""
-    sweeps: Annotated[int, msgspec.Meta(ge=0, le=16)] = 0
+    sweeps: Annotated[int, msgspec.Meta(ge=0, le=16)] = 2
     """After GPTQ, go over all columns this many times and round each anew, given all the others."""
 
 
