@@ -51,7 +51,8 @@ def test_a_line_torn_at_any_byte_is_not_counted_and_spoils_no_other(tmp_path: Pa
         resumed.append([("third", record(3))])
         resumed.close()
         # All of the line but its end is a whole entry, and its tensors were on the disk before it was begun.
-        assert set(Journal(tmp_path).done) - {"second"} == {"first", "third"}
+        second = {"second"} if end == len(whole) - 1 else set()
+        assert set(Journal(tmp_path).done) == {"first", "third"} | second
 
 
 def test_the_fingerprint_names_what_changed_and_counts_the_rest(tmp_path: Path) -> None:
