@@ -31,7 +31,7 @@ from lightship.quant.blocks import BlockStream, MoEInputs
 from lightship.quant.device import choose_device, free_memory
 from lightship.quant.journal import FINGERPRINT, Journal, check_fingerprint
 from lightship.quant.layer import LayerExperts
-from lightship.quant.layout import SHARD_BYTES, Shards
+from lightship.quant.layout import SHARD_BYTES, Shards, refusing_a_full_disk
 from lightship.quant.pipeline import Tensors, Writer
 from lightship.quant.plan import planned_outputs
 from lightship.quant.stash import Stash
@@ -109,9 +109,9 @@ def quantize(
     scenes = read_scenes(text, tokenizer)
     text_digest = digest_of_text(text.sources)
     work = work_directory(out)
-    with locked(work, wait=False):
-        if (work / FINGERPRINT).is_file() and not (work / RESULT).is_dir():
-            # The result of this work was published, and the process ended before it could tidy up.
+    with refusing_a_full_disk(work), locked(work, wait=False):
+        if not (work / RESULT).is_dir() and ((work / FINGERPRINT).is_file() or Journal(work).done):
+            # The result of this work was published, and the process ended before it could tidy up, or while it did.
             clear_directory(work)
         check_fingerprint(work, _fingerprint(checkpoint, text, text_digest, settings, where, shard_bytes))
         run = _Run(checkpoint, plan, settings, text, scenes, work, where, stash_memory, shard_bytes, cluster)
@@ -168,11 +168,11 @@ class _Run:
         self.cluster = cluster
         self.journal = Journal(work)
         self.shards = Shards(work / RESULT, list(planned_outputs(plan)), shard_bytes)
-        made = self.shards.reserve()
-        if made and self.journal.done:
+        if self.journal.done and (missing := self.shards.missing()):
             raise LightshipError(
-                f"{made[0]} of work that was begun has gone or changed its size; remove {work} to begin anew"
+                f"{missing[0]} of work that was begun has gone or changed its size; remove {work} to begin anew"
             )
+        self.shards.reserve()
         self.reader = checkpoint.reader()
         self.blocks = BlockStream(checkpoint, device, self.dtype)
         hidden = checkpoint.dimensions.hidden_size
@@ -356,6 +356,10 @@ def quantization_config() -> dict[str, Any]:
 def _finish(checkpoint: Checkpoint, shards: Shards, calibration: Calibration, settings: Quantization, out: Path) -> str:
     """Write what belongs to a finished checkpoint, the manifest last, and give the directory its name."""
     result = shards.directory
+    for left in result.iterdir():
+        # A process that was killed here may have left a file under its temporary name.
+        if left.name not in shards.names:
+            left.unlink()
     shards.write_index()
     for companion in checkpoint.companions():
         if companion.name not in NOT_COPIED:

@@ -79,7 +79,8 @@ class InputScale(Record, frozen=True, kw_only=True):
     error_at_amax: float
     """The same at the scale that covers every input."""
     outliers: bool
-    """The error is more than twice FP8's own: outliers stretch the scale, so static activations will cost accuracy."""
+    """The error, or that of the smaller 99.9 % alone, is more than twice FP8's own: outliers stretch the scale, so
+    static activations will cost accuracy."""
 
 
 class ExpertRounding(Record, frozen=True, kw_only=True):
