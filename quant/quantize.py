@@ -29,11 +29,11 @@ from lightship.files import clear_directory, locked, publish_directory, write_js
 from lightship.manifest import Manifest, describe_files, write_manifest
 from lightship.quant.blocks import BlockStream, MoEInputs
 from lightship.quant.device import choose_device, free_memory
-from lightship.quant.outputs import outputs_of
 from lightship.quant.journal import FINGERPRINT, Journal, check_fingerprint
 from lightship.quant.layer import LayerExperts
-from lightship.quant.pipeline import Tensors, Writer
 from lightship.quant.layout import SHARD_BYTES, Shards
+from lightship.quant.outputs import outputs_of
+from lightship.quant.pipeline import Tensors, Writer
 from lightship.quant.stash import Stash
 from lightship.recipe import CalibrationText, Quantization
 from lightship.records import Calibration, LayerCalibration, Plan, Quantized

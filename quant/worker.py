@@ -13,13 +13,13 @@ import torch
 from lightship.checkpoint import Checkpoint
 from lightship.quant.blocks import MoEInputs
 from lightship.quant.device import choose_device
-from lightship.quant.outputs import outputs_of
 from lightship.quant.journal import Journal
 from lightship.quant.layer import LayerExperts
+from lightship.quant.layout import Shards
+from lightship.quant.outputs import outputs_of
 from lightship.quant.pipeline import Writer
 from lightship.quant.plan import plan_quantization
 from lightship.quant.quantize import RESULT, ROUTING, STASH, LayerJob
-from lightship.quant.layout import Shards
 from lightship.quant.stash import Stash
 
 
