@@ -73,7 +73,6 @@ def preflight(
         measured = measure(checkpoint, settings, an_expert, where, probe_seconds)
         durations = _durations(plan, measured, experts, tokens, active_parameters(checkpoint, taken))
     seconds = _total(durations) * (experts - done) / experts if durations else None
-    degrees = degrees_of(checkpoint, taken)
     return Preflight(
         source=str(checkpoint.path),
         model_type=str(checkpoint.config["model_type"]),
@@ -82,8 +81,7 @@ def preflight(
         mtp_declared=taken.mtp_declared,
         mtp_found=taken.mtp_found,
         parts=_parts(plan),
-        degrees=degrees,
-        tensor_parallel=[degree.tp for degree in degrees if degree.possible],
+        degrees=degrees_of(checkpoint, taken),
         fits=fits_of(checkpoint, plan, taken),
         needs=needs,
         probe=measured,
@@ -150,7 +148,8 @@ def _durations(plan: Plan, probe: Probe, experts: int, tokens: int, active: int)
         Duration(
             what="forward",
             seconds=work / probe.flops,
-            arithmetic=f"2 x {active / 1e9:.1f} G active weights x {tokens:,} tokens / {probe.flops / 1e12:.2f} TFLOP/s",
+            arithmetic=f"2 x {active / 1e9:.1f} G active weights x {tokens:,} tokens / "
+            f"{probe.flops / 1e12:.2f} TFLOP/s",
         ),
     ]
 

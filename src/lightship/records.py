@@ -161,8 +161,6 @@ class Preflight(Record, frozen=True, kw_only=True):
     mtp_found: int
     parts: list[Part]
     degrees: list[Degree]
-    tensor_parallel: list[int]
-    """Degrees at which the result can be served, all linears considered."""
     fits: list[Fit]
     needs: list[Need]
     probe: Probe | None
@@ -180,6 +178,11 @@ class Preflight(Record, frozen=True, kw_only=True):
     notes: list[str]
     planned: list[PlannedTensor]
     """Every tensor, if asked for."""
+
+    @property
+    def tensor_parallel(self) -> list[int]:
+        """Degrees at which SGLang can serve the result: it divides the other linears too, `local` the experts alone."""
+        return [degree.tp for degree in self.degrees if degree.possible]
 
     @property
     def bytes_before(self) -> int:
