@@ -147,13 +147,14 @@ def gb(nbytes: float) -> str:
 
 
 def _beside_experts(taken: Census) -> dict[str, int]:
-    """Layer -> numbers of its tensors that are not routed experts'."""
+    """Layer -> numbers of its tensors that are not routed experts'; embeddings and heads are loaded by themselves."""
     counts: dict[str, int] = {}
     for weight in taken.expected.values():
-        if ".layers." in weight.name and weight.part != "routed experts":
-            head, tail = weight.name.split(".layers.")
-            layer = f"{head}.{tail.split('.')[0]}"
-            counts[layer] = counts.get(layer, 0) + math.prod(weight.shape)
+        if weight.part == "routed experts":
+            continue
+        layered = ".layers." in weight.name and weight.part != "embeddings, head"
+        unit = weight.name.split(".self_attn.")[0].split(".mlp.")[0] if layered else weight.name
+        counts[unit] = counts.get(unit, 0) + math.prod(weight.shape)
     return counts
 
 
