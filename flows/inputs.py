@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from lightship.causal_lm import check_architecture
 from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
 from lightship.eval.questions import read_questions
@@ -20,7 +19,7 @@ def check_inputs(source: Path, recipe_path: Path) -> None:
     recipe = load_recipe(recipe_path)
     checkpoint = Checkpoint.open(source)
     plan = plan_quantization(checkpoint)
-    check_architecture(checkpoint)
+    checkpoint.transformers_config()
     if recipe.serving.tp not in plan.tensor_parallel:
         raise LightshipError(
             f"the recipe {recipe_path} serves at TP {recipe.serving.tp}, which {source} cannot be divided by in whole "

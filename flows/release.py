@@ -6,7 +6,6 @@ Runs with Prefect's ephemeral server, or against PREFECT_API_URL. Each task is a
 works without Prefect; a stage whose record exists is read, not run.
 """
 
-import shutil
 from pathlib import Path
 
 from prefect import flow, task
@@ -14,8 +13,8 @@ from prefect.cache_policies import NO_CACHE
 
 from lightship import summary
 from lightship.errors import LightshipError
+from lightship.files import read_json
 from lightship.flows.servers import Servers
-from lightship.progress import tracked
 from lightship.records import (
     Accuracy,
     Calibration,
@@ -57,8 +56,8 @@ def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
 
         work.on_stage = announce
         plan = plan_tensors(work)
-        calibration = calibrate_source(work)
-        quantized = quantize_experts(work, plan, calibration)
+        quantized = quantize_experts(work, plan)
+        report_calibration(work)
         verification = verify_checkpoint(work)
         version = tracker.register(
             run.run_id, work.recipe.model, work.release_id, work.checkpoint_dir, quantized.manifest_digest
@@ -94,34 +93,17 @@ def plan_tensors(work: Release) -> Plan:
 
 
 @task(cache_policy=NO_CACHE)
-def calibrate_source(work: Release) -> Calibration:
-    from lightship.quant.calibrate import calibrate
+def quantize_experts(work: Release, plan: Plan) -> Quantized:
+    from lightship.flows.cluster import quantize
 
-    def run() -> Calibration:
-        return calibrate(work.source.path, work.recipe.calibration, work.directory, tracked)
-
-    return work.stage("calibration", Calibration, run)
+    return work.stage("quantized", Quantized, lambda: quantize(work.source, plan, work.recipe, work.checkpoint_dir))
 
 
 @task(cache_policy=NO_CACHE)
-def quantize_experts(work: Release, plan: Plan, calibration: Calibration) -> Quantized:
-    from lightship.quant.calibrate import HESSIANS, calibrate
-    from lightship.quant.quantize import quantize
+def report_calibration(work: Release) -> Calibration:
+    from lightship.quant.quantize import CALIBRATION
 
-    def run() -> Quantized:
-        # A checkpoint without its record is of a release that was killed between the two: it is made again.
-        shutil.rmtree(work.checkpoint_dir, ignore_errors=True)
-        hessians = work.directory / HESSIANS
-        if not hessians.is_file():
-            calibrate(work.source.path, work.recipe.calibration, work.directory, tracked)
-        quantized = quantize(
-            work.source, plan, calibration, work.directory, work.recipe.quantization, work.checkpoint_dir, tracked
-        )
-
-        hessians.unlink()
-        return quantized
-
-    return work.stage("quantized", Quantized, run)
+    return work.stage("calibration", Calibration, lambda: read_json(work.checkpoint_dir / CALIBRATION, Calibration))
 
 
 @task(cache_policy=NO_CACHE)

@@ -3,9 +3,10 @@
 lightship plan demo/checkpoint
 """
 
-from lightship.checkpoint import EXPERT, Checkpoint, TensorInfo
+from lightship.checkpoint import EXPERT, Checkpoint
 from lightship.errors import CheckpointError
 from lightship.records import Action, Plan, PlannedTensor
+from lightship.shards import TensorInfo
 from lightship.w4afp8 import GROUP, tensor_parallel_degrees
 
 SCALE_BYTES = 2

@@ -1,7 +1,10 @@
-"""Write the W4AFP8 checkpoint: int4 for the routed experts, everything else byte for byte from the source.
+"""Checkpoint to W4AFP8 checkpoint in one pass over the weights: calibrate, round, write, an expert at a time.
 
-Tensors are streamed: an expert at a time is read and rounded, and a shard is written when it is full, so memory holds
-one shard of the result. The directory appears under its name only when it is whole, manifest included.
+Block after block, the calibration tokens go through attention and router; then each routed expert is read, rounded on
+the tokens that were routed to it, written to its place in the result, and replayed with its rounded weights, so that
+the next block sees what the served model will. All else is copied byte for byte (a BF16 source's other linears become
+FP8 blocks, which SGLang's method wants). The directory appears under its name when it is whole, manifest included;
+until then it is OUT.partial, and the same command goes on from the last finished expert.
 
     lightship quantize demo/checkpoint OUT --recipe recipes/demo.toml
 """
@@ -9,7 +12,9 @@ one shard of the result. The directory appears under its name only when it is wh
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,89 +22,322 @@ import msgspec
 import torch
 
 from lightship import __version__
-from lightship.checkpoint import EXPERT, INDEX, Checkpoint, TensorReader
+from lightship.causal_lm import load_tokenizer
+from lightship.checkpoint import INDEX, Checkpoint
 from lightship.errors import LightshipError
-from lightship.files import publish_directory
+from lightship.files import clear_directory, locked, publish_directory, write_json
 from lightship.manifest import Manifest, describe_files, write_manifest
-from lightship.quant.calibrate import HESSIANS
-from lightship.quant.rounding import Rounding, rounding_for
-from lightship.recipe import Quantization
+from lightship.quant.blocks import BlockStream, MoEInputs
+from lightship.quant.device import choose_device, free_memory
+from lightship.quant.outputs import outputs_of
+from lightship.quant.journal import FINGERPRINT, Journal, check_fingerprint
+from lightship.quant.layer import LayerExperts
+from lightship.quant.pipeline import Tensors, Writer
+from lightship.quant.layout import SHARD_BYTES, Shards
+from lightship.quant.stash import Stash
+from lightship.recipe import CalibrationText, Quantization
 from lightship.records import Calibration, LayerCalibration, Plan, Quantized
-from lightship.w4afp8 import dequantize_fp8_blocks, pack_int4
+from lightship.release import digest_of_code
+from lightship.text import digest_of_text, read_scenes
+from lightship.w4afp8 import quantize_fp8_blocks
 
-SHARD_BYTES = 4_000_000_000
 FORMAT = "w4afp8"
-SGLANG_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-NOT_COPIED = {"config.json", INDEX, "hf_quant_config.json"}
+CALIBRATION = "calibration.json"
+NOT_COPIED = {"config.json", INDEX, "hf_quant_config.json", CALIBRATION}
+BATCH_TOKENS = 8192
+RESULT = "checkpoint"
+STASH = "stash"
+ROUTING = "routing.safetensors"
+
+Progress = Callable[[Iterable[str], str], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class LayerJob:
+    """What another process needs to round experts of a layer; `quant.worker` does it."""
+
+    source: Path
+    work: Path
+    layer_name: str
+    number: int
+    tokens: int
+    settings: Quantization
+    dtype: str
+    shard_bytes: int
+    experts: list[int]
+
+
+Cluster = Callable[[Sequence[LayerJob]], None]
+"""Has all jobs done by other processes that see the same directories; returns when they are."""
+EXPERTS_A_JOB = 4
 
 
 def quantize(
     checkpoint: Checkpoint,
     plan: Plan,
-    calibration: Calibration,
-    calibration_dir: Path,
+    text: CalibrationText,
     settings: Quantization,
     out: Path,
-    progress: Callable[[Iterable[str], str], Iterable[str]],
+    progress: Progress,
+    *,
+    device: str = "auto",
+    stash_memory: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    cluster: Cluster | None = None,
 ) -> Quantized:
-    """Quantize `checkpoint` into the new directory `out`.
+    """Calibrate and quantize `checkpoint` into the new directory `out`, or go on where an earlier call was stopped.
 
     Args:
-        calibration_dir: where `calibrate` left the Hessians.
-        progress: wraps the names of the source's tensors, to show how far it is.
-        shard_bytes: a shard is closed before it would grow beyond this.
+        progress: wraps the names of the experts, to show how far it is.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
+        stash_memory: bytes that hidden states may take in memory; beyond it they are files. Half of what is free if
+            absent.
+        shard_bytes: size of a shard of the result.
+        cluster: rounds the experts elsewhere; this process then runs the blocks and the replay.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
-        LightshipError: `out` exists, or calibration lacks a layer.
+        LightshipError: `out` exists, OUT.partial was begun with other inputs, a text is missing or too short, the disk
+            is full.
     """
     if out.exists():
         raise LightshipError(f"{out} exists; remove it or name another directory")
     start = time.monotonic()
-    layers, uncalibrated = _calibrated_layers(checkpoint, plan, calibration)
-    starved = [
-        f"{layer.layer_name}.experts.{expert}"
-        for layer in calibration.layers
-        for expert, tokens in enumerate(layer.tokens_of_experts())
-        if not tokens
-    ]
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        outputs = _outputs(checkpoint, plan, layers, calibration_dir, settings, progress)
-        _write_shards(partial, outputs, shard_bytes)
-        for companion in checkpoint.companions():
-            if companion.name not in NOT_COPIED:
-                shutil.copyfile(companion, partial / companion.name)
-        config = dict(checkpoint.config, quantization_config=quantization_config())
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        manifest_digest = write_manifest(
-            partial,
-            Manifest(
-                format=FORMAT,
-                lightship=__version__,
-                source_digest=checkpoint.digest,
-                calibration_text_digest=calibration.text_digest,
-                quantization=msgspec.to_builtins(settings),
-                experts_without_tokens=starved,
-                layers_without_calibration=uncalibrated,
-                files=describe_files(partial),
-            ),
+    checkpoint.transformers_config()
+    where = choose_device(device)
+    tokenizer = load_tokenizer(checkpoint.path)
+    scenes = read_scenes(text, tokenizer)
+    text_digest = digest_of_text(text.sources)
+    work = work_directory(out)
+    with locked(work, wait=False):
+        if (work / FINGERPRINT).is_file() and not (work / RESULT).is_dir():
+            # The result of this work was published, and the process ended before it could tidy up.
+            clear_directory(work)
+        check_fingerprint(work, _fingerprint(checkpoint, text, text_digest, settings, where, shard_bytes))
+        run = _Run(checkpoint, plan, settings, text, scenes, work, where, stash_memory, shard_bytes, cluster)
+        experts_resumed = run.experts_done
+        try:
+            layers = run.layers(progress)
+        finally:
+            run.close()
+        calibration = Calibration(
+            text_digest=text_digest,
+            tokens={scene: sum(len(s) for s in sequences) for scene, sequences in scenes.items()},
+            token_floor=settings.token_floor,
+            layers=layers,
         )
-        publish_directory(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        manifest_digest = _finish(checkpoint, run.shards, calibration, settings, out)
+        shutil.rmtree(work)
     return Quantized(
         path=str(out),
         method=settings.method,
         manifest_digest=manifest_digest,
-        bytes_total=Checkpoint.open(out).nbytes,
-        experts_without_tokens=starved,
-        layers_without_calibration=uncalibrated,
+        bytes_total=plan.bytes_after,
+        experts=sum(len(layer.experts) for layer in layers),
+        experts_resumed=experts_resumed,
         seconds=time.monotonic() - start,
     )
+
+
+class _Run:
+    """One process at work on OUT.partial. T tokens of the calibration, H hidden size, K experts a token."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        settings: Quantization,
+        text: CalibrationText,
+        scenes: dict[str, list[torch.Tensor]],
+        work: Path,
+        device: torch.device,
+        stash_memory: int | None,
+        shard_bytes: int,
+        cluster: Cluster | None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.plan = plan
+        self.settings = settings
+        self.replay_quantized = text.replay == "quantized"
+        self.scenes = {scene: sum(len(s) for s in sequences) for scene, sequences in scenes.items()}
+        self.ids_BS = torch.stack([s for sequences in scenes.values() for s in sequences])
+        self.work = work
+        self.device = device
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.shard_bytes = shard_bytes
+        self.cluster = cluster
+        self.journal = Journal(work)
+        self.shards = Shards(work / RESULT, outputs_of(plan), shard_bytes)
+        made = self.shards.reserve()
+        if made and self.journal.done:
+            raise LightshipError(
+                f"{made[0]} of work that was begun has gone or changed its size; remove {work} to begin anew"
+            )
+        self.reader = checkpoint.reader()
+        self.blocks = BlockStream(checkpoint, device, self.dtype)
+        hidden = checkpoint.dimensions.hidden_size
+        memory = free_memory() // 2 if stash_memory is None else stash_memory
+        self.stash = Stash(work / STASH, self.ids_BS.numel(), hidden, self.dtype, memory)
+
+    @property
+    def experts_done(self) -> int:
+        return sum(".experts." in unit for unit in self.journal.done)
+
+    def close(self) -> None:
+        self.journal.close()
+        self.shards.close()
+
+    def layers(self, progress: Progress) -> list[LayerCalibration]:
+        """Go through all blocks that are left; returns the records of all layers with experts."""
+        names = [
+            f"{layer}.experts.{e}"
+            for layer in self.plan.expert_layers
+            for e in range(self.checkpoint.dimensions.n_routed_experts)
+        ]
+        left = [name for name in names if name not in self.journal.done]
+        ticks = iter(progress(left, f"quantizing ({self.settings.method})"))
+        last = max(Checkpoint.layer_number(layer) for layer in self.plan.expert_layers)
+        blocks = max(self.blocks.main_layers, last + 1)
+        with Writer(self.shards, self.journal) as writer, torch.inference_mode():
+            if "model" not in self.journal.done:
+                writer.put("model", self._copied(None))
+            for number in range(blocks):
+                if _unit(number) not in self.journal.done:
+                    self._block(number, writer, lambda: next(ticks, None))
+            writer.flush()
+        next(ticks, None)
+        moe = [_unit(Checkpoint.layer_number(layer)) for layer in self.plan.expert_layers]
+        return [self.journal.record(unit, LayerCalibration) for unit in moe]
+
+    def _block(self, number: int, writer: Writer, tick: Callable[[], object]) -> None:
+        entering_TH = self._entering(number)
+        leaving_TH = self.stash.empty(f"hidden-{number + 1}")
+        inputs = self._forward(number, entering_TH, leaving_TH)
+        record = None
+        tensors = list[Tensors]()
+        if inputs:
+            record, scales = self._experts(number, inputs, leaving_TH, writer, tick)
+            tensors.append(scales)
+        self.stash.save(f"hidden-{number + 1}", leaving_TH)
+        writer.put(_unit(number), _chain([*tensors, self._copied(number)]), record)
+        writer.flush()
+        self.stash.remove(f"hidden-{number}")
+        self.stash.remove("moe")
+
+    def _entering(self, number: int) -> torch.Tensor:
+        """Hidden states [T, H] before block `number`: embeddings, or what the block before left."""
+        tokens = self.ids_BS.shape[1]
+        if number == 0:
+            entering_TH = self.stash.empty("hidden-0")
+            with self.blocks.embedding() as embed:
+                for rows, ids_bS in self._batches(self.ids_BS):
+                    entering_TH[rows] = embed(ids_bS.to(self.device)).flatten(0, 1).to(entering_TH.device)
+            return entering_TH
+        left_TH = self.stash.load(f"hidden-{number}")
+        if number < self.blocks.main_layers:
+            return left_TH
+        entering_TH = self.stash.empty("mtp")
+        next_ids_BS = self.ids_BS.roll(-1, dims=1)
+        with (
+            self.blocks.embedding() as embed,
+            self.blocks.final_norm() as norm,
+            self.blocks.mtp_entry(number) as enter,
+        ):
+            for rows, ids_bS in self._batches(next_ids_BS):
+                hidden = left_TH[rows].to(self.device).unflatten(0, (-1, tokens))
+                if number == self.blocks.main_layers:
+                    hidden = norm(hidden)
+                entering_TH[rows] = enter(embed(ids_bS.to(self.device)), hidden).flatten(0, 1).to(entering_TH.device)
+        return entering_TH
+
+    def _forward(self, number: int, entering_TH: torch.Tensor, leaving_TH: torch.Tensor) -> MoEInputs | None:
+        """Send all tokens through block `number`, without its routed experts; returns what reaches those."""
+        seen: list[MoEInputs] = []
+        x_TH = torch.empty(0)
+        with self.blocks.block(number) as block:
+            for rows, ids_bS in self._batches(self.ids_BS):
+                out_bSH, inputs = block(entering_TH[rows].to(self.device).unflatten(0, ids_bS.shape))
+                leaving_TH[rows] = out_bSH.flatten(0, 1).to(leaving_TH.device)
+                if inputs:
+                    if not seen:
+                        x_TH = self.stash.empty("moe")
+                    x_TH[rows] = inputs.x_TH.to(x_TH.device)
+                    seen.append(MoEInputs(x_TH, inputs.experts_TK.cpu(), inputs.weights_TK.cpu()))
+        if not seen:
+            return None
+        experts_TK, weights_TK = torch.cat([s.experts_TK for s in seen]), torch.cat([s.weights_TK for s in seen])
+        return MoEInputs(x_TH, experts_TK, weights_TK)
+
+    def _experts(
+        self, number: int, inputs: MoEInputs, leaving_TH: torch.Tensor, writer: Writer, tick: Callable[[], object]
+    ) -> tuple[LayerCalibration, Tensors]:
+        """Round and replay the layer's experts and add their share to `leaving_TH`."""
+        name = f"{_unit(number)}.mlp"
+        experts = LayerExperts(name, number, self.reader, self.shards, self.journal, self.settings, inputs, self.device)
+        w13_input = experts.w13_input()
+        if self.cluster and experts.left:
+            self._round_elsewhere(name, number, inputs, experts.left)
+        replayed = experts.replay(writer, self.replay_quantized, tick)
+        for rows in _chunks(len(leaving_TH)):
+            leaving_TH[rows] += replayed.routed_TH[rows].to(leaving_TH.dtype)
+        writer.flush()
+        record = LayerCalibration(
+            layer_name=name,
+            w13_input=w13_input,
+            w2_input=replayed.w2_input,
+            expert_tokens=experts.tokens_by_scene(self.scenes),
+            experts=experts.records(),
+        )
+        return record, experts.input_scale_tensors(w13_input, replayed.w2_input)
+
+    def _round_elsewhere(self, name: str, number: int, inputs: MoEInputs, left: list[int]) -> None:
+        from safetensors.torch import save_file
+
+        assert self.cluster
+        self.stash.save("moe", inputs.x_TH)
+        routing = {"experts": inputs.experts_TK, "weights": inputs.weights_TK}
+        save_file(routing, self.work / STASH / ROUTING)
+        jobs = [
+            LayerJob(
+                source=self.checkpoint.path,
+                work=self.work,
+                layer_name=name,
+                number=number,
+                tokens=len(inputs.x_TH),
+                settings=self.settings,
+                dtype=str(self.dtype).removeprefix("torch."),
+                shard_bytes=self.shard_bytes,
+                experts=left[first : first + EXPERTS_A_JOB],
+            )
+            for first in range(0, len(left), EXPERTS_A_JOB)
+        ]
+        self.cluster(jobs)
+        self.journal.read()
+
+    def _batches(self, ids_BS: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some sequences at a time: (their rows among all tokens, their ids)."""
+        sequences = max(1, BATCH_TOKENS // ids_BS.shape[1])
+        for first, ids_bS in enumerate(ids_BS.split(sequences)):
+            begin = first * sequences * ids_BS.shape[1]
+            yield slice(begin, begin + ids_bS.numel()), ids_bS
+
+    def _copied(self, number: int | None) -> Tensors:
+        """The tensors beside the experts of a block (of none: the rest), as the result holds them."""
+        for tensor in self.plan.tensors:
+            if tensor.action == "int4" or _block_of(tensor.name) != number:
+                continue
+            value = self.reader.read_finite(tensor.name)
+            if tensor.action == "to_fp8":
+                q_OI, scale_inv = quantize_fp8_blocks(value)
+                yield tensor.name, q_OI
+                yield f"{tensor.name}_scale_inv", scale_inv
+            else:
+                yield tensor.name, value
+
+
+def work_directory(out: Path) -> Path:
+    """Where the work on `out` lies until it is whole."""
+    return out.with_name(out.name + ".partial")
 
 
 def quantization_config() -> dict[str, Any]:
@@ -115,116 +353,72 @@ def quantization_config() -> dict[str, Any]:
     }
 
 
-Output = tuple[str, torch.Tensor]
+def _finish(checkpoint: Checkpoint, shards: Shards, calibration: Calibration, settings: Quantization, out: Path) -> str:
+    """Write what belongs to a finished checkpoint, the manifest last, and give the directory its name."""
+    result = shards.directory
+    shards.write_index()
+    for companion in checkpoint.companions():
+        if companion.name not in NOT_COPIED:
+            shutil.copyfile(companion, result / companion.name)
+    config = dict(checkpoint.config, quantization_config=quantization_config())
+    (result / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(result / CALIBRATION, calibration)
+    manifest_digest = write_manifest(
+        result,
+        Manifest(
+            format=FORMAT,
+            lightship=__version__,
+            source_digest=checkpoint.digest,
+            calibration_text_digest=calibration.text_digest,
+            quantization=msgspec.to_builtins(settings),
+            experts_without_tokens=calibration.without_tokens,
+            files=describe_files(result),
+        ),
+    )
+    publish_directory(result, out)
+    return manifest_digest
 
 
-def _calibrated_layers(
-    checkpoint: Checkpoint, plan: Plan, calibration: Calibration
-) -> tuple[dict[str, LayerCalibration], list[str]]:
-    """Each layer's calibration, and the names of the MTP layers, which borrow that of the last layer before them."""
-    layers = {layer.layer_name: layer for layer in calibration.layers}
-    uncalibrated = []
-    for layer_name in plan.expert_layers:
-        if layer_name in layers:
-            continue
-        if checkpoint.layer_number(layer_name) < checkpoint.dimensions.num_hidden_layers or not calibration.layers:
-            raise LightshipError(
-                f"the calibration lacks {layer_name}: it was made of another checkpoint; calibrate again"
-            )
-        layers[layer_name] = calibration.layers[-1]
-        uncalibrated.append(layer_name)
-    return layers, uncalibrated
-
-
-def _outputs(
+def _fingerprint(
     checkpoint: Checkpoint,
-    plan: Plan,
-    layers: dict[str, LayerCalibration],
-    calibration_dir: Path,
+    text: CalibrationText,
+    text_digest: str,
     settings: Quantization,
-    progress: Callable[[Iterable[str], str], Iterable[str]],
-) -> Iterator[Output]:
-    """The tensors of the result, in the plan's order."""
-    reader = checkpoint.reader()
-    rounding = rounding_for(settings)
-    hessians = _Hessians(calibration_dir / HESSIANS) if settings.method == "gptq" else None
-    actions = {t.name: t.action for t in plan.tensors}
-    for name in progress(actions, f"quantizing ({settings.method})"):
-        if actions[name] != "int4":
-            yield name, reader.read_finite(name)
-            continue
-        match = EXPERT.match(name)
-        assert match
-        if match["part"] == "weight":
-            layer_name, projection = match["layer_name"], match["projection"]
-            hessian = hessians.get(layer_name, match["expert"], projection) if hessians else None
-            yield from _quantize_weight(reader, name, projection, layers[layer_name], rounding, hessian)
+    device: torch.device,
+    shard_bytes: int,
+) -> dict[str, str]:
+    """All that decides the result's bytes, by names that an error can say."""
+    calibration = {k: v for k, v in msgspec.to_builtins(text).items() if k != "sources"}
+    return {
+        **{f"source {name}": value for name, value in checkpoint.fingerprint().items()},
+        **{
+            f"recipe quantization.{k}": msgspec.json.encode(v).decode()
+            for k, v in msgspec.to_builtins(settings).items()
+        },
+        **{f"recipe calibration.{k}": msgspec.json.encode(v).decode() for k, v in calibration.items()},
+        "calibration text": text_digest,
+        "shard size": str(shard_bytes),
+        "device": device.type,
+        "lightship's code": digest_of_code(("lightship", "lightship.quant")),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
 
 
-def _quantize_weight(
-    reader: TensorReader,
-    name: str,
-    projection: str,
-    layer: LayerCalibration,
-    rounding: Rounding,
-    hessian: torch.Tensor | None,
-) -> Iterator[Output]:
-    scale_name = f"{name}_scale_inv"
-    w_OI = dequantize_fp8_blocks(reader.read_finite(name), reader.read_finite(scale_name))
-    rounded = rounding(w_OI, hessian)
-    yield name, pack_int4(rounded.q_OI)
-    yield scale_name, rounded.scale_OG
-    input_scale = layer.w2_input_scale if projection == "down_proj" else layer.w13_input_scale
-    expert = name.removesuffix(f"{projection}.weight")
-    yield f"{expert}{SGLANG_NAMES[projection]}.input_scale", torch.tensor(input_scale, dtype=torch.bfloat16)
+def _unit(number: int) -> str:
+    return f"model.layers.{number}"
 
 
-class _Hessians:
-    """The calibration's Hessians, read one at a time."""
-
-    def __init__(self, path: Path) -> None:
-        from safetensors import safe_open
-
-        if not path.is_file():
-            raise LightshipError(f"{path} is missing; calibrate again")
-        self._file = safe_open(path, framework="pt")
-        self._names = set(self._file.keys())
-
-    def get(self, layer_name: str, expert: str, projection: str) -> torch.Tensor | None:
-        name = f"{layer_name}.{expert}.{'w2' if projection == 'down_proj' else 'w13'}"
-        return self._file.get_tensor(name) if name in self._names else None
+def _block_of(name: str) -> int | None:
+    """The number of the block to which a tensor belongs."""
+    return Checkpoint.layer_number(name) if ".layers." in name else None
 
 
-def _write_shards(path: Path, outputs: Iterable[Output], shard_bytes: int) -> None:
-    """Write shards as they fill, then their index under the final names."""
-    from safetensors.torch import save_file
+def _chain(parts: Iterable[Tensors]) -> Tensors:
+    for part in parts:
+        yield from part
 
-    shards: list[dict[str, int]] = []
-    pending: dict[str, torch.Tensor] = {}
-    sizes: dict[str, int] = {}
 
-    def flush() -> None:
-        shard = path / f"shard-{len(shards)}"
-        save_file(pending, shard, metadata={"format": "pt"})
-        shard.chmod(0o644)  # safetensors makes it readable by its owner alone, and a server is often another user
-        shards.append(dict(sizes))
-        pending.clear()
-        sizes.clear()
-
-    filled = 0
-    for name, tensor in outputs:
-        size = tensor.numel() * tensor.element_size()
-        if pending and filled + size > shard_bytes:
-            flush()
-            filled = 0
-        pending[name], sizes[name] = tensor.contiguous(), size
-        filled += size
-    flush()
-    weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (path / f"shard-{number}").rename(path / final)
-        weight_map |= dict.fromkeys(tensors, final)
-    total = sum(sum(tensors.values()) for tensors in shards)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+def _chunks(rows: int) -> Iterator[slice]:
+    for first in range(0, rows, BATCH_TOKENS):
+        yield slice(first, first + BATCH_TOKENS)

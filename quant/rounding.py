@@ -51,3 +51,10 @@ def relative_error(w_OI: torch.Tensor, rounded: Int4Weight) -> float:
     """||w - w'||² / ||w||²."""
     restored = (rounded.q_OI.unflatten(-1, (-1, GROUP)).float() * rounded.scale_OG.float()[..., None]).flatten(-2)
     return float((w_OI - restored).square().sum() / w_OI.square().sum().clamp_min(1e-30))
+
+
+def output_error(w_OI: torch.Tensor, rounded: Int4Weight, hessian_II: torch.Tensor) -> float:
+    """tr(E H Eᵀ) / tr(W H Wᵀ)."""
+    restored = (rounded.q_OI.unflatten(-1, (-1, GROUP)).float() * rounded.scale_OG.float()[..., None]).flatten(-2)
+    e = w_OI - restored
+    return float(((e @ hessian_II) * e).sum() / ((w_OI @ hessian_II) * w_OI).sum().clamp_min(1e-30))

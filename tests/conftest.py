@@ -20,11 +20,10 @@ from pathlib import Path
 import pytest
 
 from lightship.checkpoint import Checkpoint
-from lightship.quant.calibrate import calibrate
 from lightship.quant.plan import plan_quantization
 from lightship.quant.quantize import quantize
 from lightship.recipe import CalibrationText, Quantization, TextSource
-from lightship.records import Calibration
+from lightship.records import Quantized
 from tests.tiny import write_fp8_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -68,23 +67,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> CalibrationText:
 
 
 @pytest.fixture(scope="session")
-def calibrated(fp8: Path, text: CalibrationText, tmp_path_factory: pytest.TempPathFactory) -> tuple[Calibration, Path]:
-    """The calibration of `fp8` on `text`, and the directory with its Hessians."""
-    out = tmp_path_factory.mktemp("calibration")
-    return calibrate(fp8, text, out, unseen), out
+def quantize_to(fp8: Path, text: CalibrationText) -> Callable[..., Path]:
+    """Quantize `fp8` (or `source`) into a directory by the given settings."""
 
-
-@pytest.fixture(scope="session")
-def quantize_to(fp8: Path, calibrated: tuple[Calibration, Path]) -> Callable[..., Path]:
-    """Quantize `fp8` into a directory by the given settings."""
-
-    def run(out: Path, **settings: object) -> Path:
-        checkpoint = Checkpoint.open(fp8)
-        plan = plan_quantization(checkpoint)
-        quantize(checkpoint, plan, calibrated[0], calibrated[1], Quantization(**settings), out, unseen)
+    def run(out: Path, source: Path = fp8, text: CalibrationText = text, **settings: object) -> Path:
+        quantize_checkpoint(source, out, text, Quantization(**settings))
         return out
 
     return run
+
+
+def quantize_checkpoint(
+    source: Path, out: Path, text: CalibrationText, settings: Quantization, **options: object
+) -> Quantized:
+    """Plan and quantize a checkpoint directory on the CPU."""
+    checkpoint = Checkpoint.open(source)
+    plan = plan_quantization(checkpoint)
+    return quantize(checkpoint, plan, text, settings, out, unseen, device="cpu", **options)
 
 
 @pytest.fixture(scope="session")

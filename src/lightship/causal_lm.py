@@ -1,8 +1,8 @@
-"""A released checkpoint as a running transformers model, straight from its FP8 or W4AFP8 directory.
+"""A released checkpoint as a running transformers model, straight from its FP8, BF16 or W4AFP8 directory.
 
 transformers builds the architecture; the routed experts become `lightship.experts` modules and every FP8 linear an
-`FP8Linear`. Nothing is converted on disk. Calibration, the same-model measures and the `local` engine all run this
-model.
+`FP8Linear`. Nothing is converted on disk. The same-model measures and the `local` engine run the whole model;
+calibration fills one block at a time.
 """
 
 from pathlib import Path
@@ -25,14 +25,16 @@ class FP8Linear(nn.Module):
     The weight [out, in] is expanded to `dtype` when it is loaded.
     """
 
-    def __init__(self, weight_OI: torch.Tensor) -> None:
+    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> None:
         super().__init__()
         self.register_buffer("weight", weight_OI)
+        self.register_buffer("bias", bias_O)
 
     weight: torch.Tensor
+    bias: torch.Tensor | None
 
     def forward(self, x_TI: torch.Tensor) -> torch.Tensor:
-        return F.linear(round_groups_through_fp8(x_TI), self.weight)
+        return F.linear(round_groups_through_fp8(x_TI), self.weight, self.bias)
 
 
 def load_causal_lm(
@@ -44,7 +46,7 @@ def load_causal_lm(
     """Build the transformers model of a checkpoint directory and load it, this rank's shard of the experts only.
 
     Args:
-        path: an FP8 or a W4AFP8 directory.
+        path: an FP8, a BF16 or a W4AFP8 directory.
         tp: this process's tensor-parallel rank; every rank holds everything but the routed experts whole.
         dtype: what the CPU computes in.
         activations: of W4AFP8 experts, see `W4AFP8Experts`.
@@ -53,46 +55,64 @@ def load_causal_lm(
         CheckpointError: a tensor is missing, has the wrong shape, or is not finite.
         ServingError: the experts cannot be divided by `tp.size`.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     checkpoint = Checkpoint.open(path)
     reader = checkpoint.reader()
     tp.shard(checkpoint.dimensions.moe_intermediate_size)
-    check_architecture(checkpoint)
-    config = AutoConfig.from_pretrained(path)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.num_mtp_layers = 0
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for name, module in list(model.named_modules()):
+    model = meta_model(checkpoint, dtype)
+    for name, _ in list(model.named_modules()):
         if name.endswith(".mlp.experts"):
             layer_name = name.removesuffix(".experts")
             model.set_submodule(name, load_experts(checkpoint, reader, layer_name, tp, dtype, activations))
-        elif isinstance(module, nn.Linear) and checkpoint.info(f"{name}.weight").dtype == "F8_E4M3":
-            q_OI = _read_shaped(reader, f"{name}.weight", module.weight.shape)
-            scale_inv = reader.read_finite(f"{name}.weight_scale_inv")
-            model.set_submodule(name, FP8Linear(dequantize_fp8_blocks(q_OI, scale_inv, dtype)))
-    _load_unquantized(model, reader, dtype)
+    fill(model, "", reader, dtype)
     return model.eval().requires_grad_(False)
 
 
-def check_architecture(checkpoint: Checkpoint) -> None:
-    """Refuse a model that transformers cannot build.
+def meta_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """transformers' model of the checkpoint's architecture, its parameters without memory.
 
     Raises:
-        CheckpointError: names the model type.
+        CheckpointError: transformers cannot build it.
     """
-    from transformers import __version__
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
 
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'}: model_type {model_type!r} is not one that transformers {__version__} "
-            "can build without the release's own code, which lightship does not run"
-        )
+    config = checkpoint.transformers_config()
+    config.num_mtp_layers = 0
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def fill(
+    module: nn.Module, name: str, reader: TensorReader, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> None:
+    """Read everything that `module`, called `name` in the checkpoint, still lacks: its parameters and buffers.
+
+    FP8 linears become `FP8Linear`s; routed experts, which load themselves, are left alone.
+
+    Raises:
+        CheckpointError: a tensor is missing, has the wrong shape, or is not finite.
+    """
+    stem = f"{name}." if name else ""
+    for inner, linear in list(module.named_modules()):
+        weight = f"{stem}{inner}.weight"
+        if not isinstance(linear, nn.Linear) or reader.checkpoint.info(weight).dtype != "F8_E4M3":
+            continue
+        q_OI = _read_shaped(reader, weight, linear.weight.shape).to(device)
+        w_OI = dequantize_fp8_blocks(q_OI, reader.read_finite(f"{weight}_scale_inv").to(device), dtype)
+        bias = linear.bias
+        bias_O = None if bias is None else _read_shaped(reader, f"{stem}{inner}.bias", bias.shape).to(device, dtype)
+        module.set_submodule(inner, FP8Linear(w_OI, bias_O))
+    for inner, part in module.named_modules():
+        if isinstance(part, RoutedExperts | FP8Linear):
+            continue
+        for key, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            if key in part._non_persistent_buffers_set:
+                continue
+            value = _read_shaped(reader, stem + (f"{inner}.{key}" if inner else key), tensor.shape)
+            if isinstance(tensor, nn.Parameter):
+                setattr(part, key, nn.Parameter(value.to(device, dtype), requires_grad=False))
+            else:
+                setattr(part, key, value.to(device, tensor.dtype))
 
 
 def routed_experts(model: Any) -> dict[str, RoutedExperts]:
@@ -114,22 +134,6 @@ def load_tokenizer(path: Path) -> Any:
         raise CheckpointError(
             f"{path} has no usable tokenizer ({error}); copy the release's tokenizer files"
         ) from error
-
-
-def _load_unquantized(model: Any, reader: TensorReader, dtype: torch.dtype) -> None:
-    """Norms, embeddings, head, router: everything that still waits on the meta device, and persistent buffers."""
-    for name, module in model.named_modules():
-        if isinstance(module, RoutedExperts | FP8Linear):
-            continue
-        transient = module._non_persistent_buffers_set
-        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if key in transient:
-                continue
-            value = _read_shaped(reader, f"{name}.{key}" if name else key, tensor.shape)
-            if isinstance(tensor, nn.Parameter):
-                setattr(module, key, nn.Parameter(value.to(dtype), requires_grad=False))
-            else:
-                setattr(module, key, value.to(tensor.dtype))
 
 
 def _read_shaped(reader: TensorReader, name: str, shape: torch.Size) -> torch.Tensor:

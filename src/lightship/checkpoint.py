@@ -5,15 +5,21 @@ and as long as its header says, and index and shards name the same tensors.
 """
 
 import json
+import os
 import re
-import struct
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from lightship.architecture import Architecture, architecture_of
 from lightship.errors import CheckpointError
 from lightship.files import digest_of, digest_of_file
+from lightship.shards import TensorInfo, digest_of_header, read_header, torch_dtype
+from lightship.weights import number
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +28,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "lightship.json"
 """Written by lightship beside the weights; see `lightship.manifest`."""
-BYTES_OF = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+READ_BYTES = 1 << 30
+"""The most that one system call reads; Linux stops at 2 GiB."""
+HASH_THREADS = 8
 
 EXPERT = re.compile(
     r"(?P<layer_name>.*\.layers\.\d+\.mlp)\.experts\.(?P<expert>\d+)\."
@@ -32,24 +40,16 @@ EXPERT = re.compile(
 
 
 @dataclass(frozen=True)
-class TensorInfo:
-    """A tensor as its shard's header describes it; `dtype` is the safetensors name (F8_E4M3, BF16, …)."""
-
-    name: str
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class ExpertDimensions:
-    """Sizes of the routed experts, from config.json."""
+    """Sizes of the routed experts, from config.json, under DeepSeek's names whatever the family calls them."""
 
     hidden_size: int
     moe_intermediate_size: int
     n_routed_experts: int
     num_hidden_layers: int
+    num_experts_per_tok: int
+    mtp_layers: int
+    """Declared by config.json; a release may leave them out all the same."""
 
 
 class Checkpoint:
@@ -80,6 +80,12 @@ class Checkpoint:
             weight_map = dict.fromkeys(read_header(path / SINGLE), SINGLE)
         else:
             raise CheckpointError(f"{path} has neither {INDEX} nor {SINGLE}; download the weights again")
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise CheckpointError(
+                    f"{index_file} places the tensor {name} in {shard!r}, which is not a file of the directory itself; "
+                    "lightship does not follow it: download the index again from its source"
+                )
         tensors: dict[str, TensorInfo] = {}
         for shard in sorted(set(weight_map.values())):
             if not (path / shard).is_file():
@@ -116,23 +122,63 @@ class Checkpoint:
         """Sizes of the routed experts.
 
         Raises:
-            CheckpointError: config.json lacks one of them, as that of a dense model does.
+            CheckpointError: config.json lacks one of them, as that of a dense model does, or is of an unknown family.
         """
+        family, config = self.architecture, self.config
         try:
             return ExpertDimensions(
-                **{name: int(self.config[name]) for name in ExpertDimensions.__dataclass_fields__},
+                hidden_size=number(config, "hidden_size"),
+                moe_intermediate_size=number(config, "moe_intermediate_size"),
+                n_routed_experts=family.experts(config),
+                num_hidden_layers=number(config, "num_hidden_layers"),
+                num_experts_per_tok=number(config, "num_experts_per_tok"),
+                mtp_layers=family.mtp_layers(config),
             )
-        except (KeyError, TypeError) as error:
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The declaration of the model's family.
+
+        Raises:
+            CheckpointError: there is none; says what one would need.
+        """
+        try:
+            return architecture_of(self.config, self.tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+
+    def transformers_config(self) -> Any:
+        """The `PretrainedConfig` that transformers builds the model from, without the source's quantization.
+
+        Raises:
+            CheckpointError: the family is unknown to lightship, or to the installed transformers.
+        """
+        from transformers import __version__
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        built_as = self.architecture.transformers_type
+        if built_as not in CONFIG_MAPPING:
             raise CheckpointError(
-                f"{self.path / 'config.json'} does not describe a MoE model that lightship knows: no usable {error}"
-            ) from error
+                f"{self.path / 'config.json'}: {built_as!r} is not one that transformers {__version__} can build "
+                "without the release's own code, which lightship does not run; install a newer transformers"
+            )
+        left_out = ("quantization_config", "auto_map", "model_type")
+        return CONFIG_MAPPING[built_as].from_dict({k: v for k, v in self.config.items() if k not in left_out})
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the content of every shard and every companion: the identity of the model."""
-        return digest_of(
-            {p.name: digest_of_file(p) for p in [*(self.path / s for s in self.shards), *self.companions()]}
-        )
+        files = [*(self.path / shard for shard in self.shards), *self.companions()]
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            return digest_of(dict(zip((p.name for p in files), threads.map(digest_of_file, files), strict=True)))
+
+    def fingerprint(self) -> dict[str, str]:
+        """File -> a digest that changes when the file does, without reading the weights: of a shard's size, time of
+        change and header, of a companion's content. Read from the disk anew at every call."""
+        digests = {shard: digest_of_header(self.path / shard) for shard in self.shards}
+        return digests | {companion.name: digest_of_file(companion) for companion in self.companions()}
 
     def companions(self) -> list[Path]:
         """Every file that is not weights: configuration, tokenizer, chat template, modelling code, licence."""
@@ -151,7 +197,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} has no tensor {name}; the checkpoint is incomplete") from None
 
     def reader(self) -> "TensorReader":
-        """A reader that keeps its shards memory-mapped while it is used."""
+        """A reader that keeps its shards open while it is used."""
         return TensorReader(self)
 
     @staticmethod
@@ -169,26 +215,59 @@ class Checkpoint:
 
 
 class TensorReader:
-    """Reads tensors, or parts of them, of an opened checkpoint; memory-maps each shard once."""
+    """Reads tensors, or parts of them, of an opened checkpoint into memory of their own; threads may share it.
+
+    Not memory-mapped: mapped pages count as this process's memory, and waiting for one holds Python's lock.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._files: dict[str, Any] = {}
-
-    def _slice(self, name: str) -> Any:
-        from safetensors import safe_open
-
-        shard = self.checkpoint.info(name).shard
-        if shard not in self._files:
-            self._files[shard] = safe_open(self.checkpoint.path / shard, framework="pt")
-        return self._files[shard].get_slice(name)
+        self._files: dict[str, int] = {}
+        self._lock = Lock()
+        weakref.finalize(self, _close, self._files)
 
     def read(self, name: str, *parts: slice) -> "torch.Tensor":
-        """The tensor, or the part that `parts` selects (one slice a dimension), on the CPU in its stored dtype."""
-        view = self._slice(name)
+        """The tensor, or the part that `parts` selects (one slice a dimension), on the CPU in its stored dtype.
+
+        Of a slice of the first dimension only its own bytes are read; further slices are cut afterwards.
+
+        Raises:
+            CheckpointError: there is no such tensor, its dtype is unknown, or its file ends before it does.
+        """
+        import torch
+
+        info = self.checkpoint.info(name)
+        dtype = torch_dtype(info)
+        first, last = 0, 1
+        shape = info.shape
         if parts:
-            return view[parts]
-        return view[:] if self.checkpoint.info(name).shape else view[...]
+            first, last, step = parts[0].indices(shape[0])
+            assert step == 1
+            shape = (max(last - first, 0), *shape[1:])
+        rows = info.shape[0] if parts else 1
+        stride = info.nbytes // rows if rows else 0
+        buffer = torch.empty(stride * max(last - first, 0), dtype=torch.uint8)
+        self._fill(info, buffer.numpy().data, info.offset + first * stride)
+        tensor = buffer.view(dtype).reshape(shape)
+        return tensor[(slice(None), *parts[1:])].contiguous() if len(parts) > 1 else tensor
+
+    def _fill(self, info: TensorInfo, buffer: memoryview, offset: int) -> None:
+        file = self._file(info.shard)
+        filled = 0
+        while filled < len(buffer):
+            got = os.preadv(file, [buffer[filled : filled + READ_BYTES]], offset + filled)
+            if not got:
+                raise CheckpointError(
+                    f"{self.checkpoint.path / info.shard} ends at byte {offset + filled}, within the tensor "
+                    f"{info.name}: it was cut after it was opened; download the shard again"
+                )
+            filled += got
+
+    def _file(self, shard: str) -> int:
+        with self._lock:
+            if shard not in self._files:
+                self._files[shard] = os.open(self.checkpoint.path / shard, os.O_RDONLY | os.O_CLOEXEC)
+            return self._files[shard]
 
     def read_finite(self, name: str, *parts: slice) -> "torch.Tensor":
         """As `read`, checked for NaN and infinity.
@@ -207,35 +286,9 @@ class TensorReader:
         return tensor
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The header of a safetensors file, by tensor name.
-
-    Raises:
-        CheckpointError: the file is not safetensors, or shorter than its header says (an interrupted download).
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if 8 + length > size:
-            raise CheckpointError(f"{path} is not a safetensors file or is truncated in its header ({size} bytes)")
-        try:
-            header: Any = json.loads(file.read(length))
-        except ValueError:
-            raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON") from None
-        if not isinstance(header, dict):
-            raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object")
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if 8 + length + end > size:
-            raise CheckpointError(
-                f"{path} is truncated: the tensor {name} ends at byte {8 + length + end}, the file at {size}; "
-                "download the shard again"
-            )
-        tensors[name] = TensorInfo(name, path.name, entry["dtype"], tuple(entry["shape"]), end - begin)
-    return tensors
+def _close(files: dict[str, int]) -> None:
+    for file in files.values():
+        os.close(file)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -128,6 +128,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("source", type=Path, help="FP8 checkpoint directory")
     sub.add_argument("out", type=Path, help="new directory for the W4AFP8 checkpoint")
     recipe(sub)
+    sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    sub.add_argument(
+        "--stash-memory",
+        type=float,
+        metavar="GB",
+        help="memory that hidden states may take; beyond it they are files (default: half of what is free)",
+    )
 
     sub = command(
         "verify",
@@ -232,28 +239,39 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _quantize(arguments: argparse.Namespace) -> int:
     from lightship import summary
     from lightship.checkpoint import Checkpoint
-    from lightship.errors import LightshipError
+    from lightship.files import read_json
     from lightship.progress import tracked
-    from lightship.quant.calibrate import calibrate
     from lightship.quant.plan import plan_quantization
-    from lightship.quant.quantize import quantize
+    from lightship.quant.quantize import CALIBRATION, quantize
     from lightship.recipe import load_recipe
+    from lightship.records import Calibration
+    from lightship.tables import calibration_table, show
 
-    recipe = load_recipe(arguments.recipe)
-    if arguments.out.exists():
-        raise LightshipError(f"{arguments.out} exists; remove it or name another directory")
+    recipe, out = load_recipe(arguments.recipe), arguments.out.absolute()
     checkpoint = Checkpoint.open(arguments.source)
     plan = plan_quantization(checkpoint)
     print(f"plan         {summary.sentence(plan)}", flush=True)
-    arguments.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=arguments.out.absolute().parent, prefix=".calibration-") as stash:
-        calibration = calibrate(arguments.source, recipe.calibration, Path(stash), tracked)
-        print(f"calibration  {summary.sentence(calibration)}", flush=True)
+    if recipe.cluster:
+        from lightship.flows.cluster import quantize_on_cluster
+
+        quantized = quantize_on_cluster(checkpoint, plan, recipe, out, arguments.device)
+    else:
+        memory = arguments.stash_memory and int(arguments.stash_memory * 1e9)
         quantized = quantize(
-            checkpoint, plan, calibration, Path(stash), recipe.quantization, arguments.out.absolute(), tracked
+            checkpoint,
+            plan,
+            recipe.calibration,
+            recipe.quantization,
+            out,
+            tracked,
+            device=arguments.device,
+            stash_memory=memory,
         )
-    print(f"quantized    {summary.sentence(quantized)}, in {quantized.path}")
-    print(f"next: lightship verify {arguments.out} --source {arguments.source}")
+    calibration = read_json(out / CALIBRATION, Calibration)
+    print(f"calibration  {summary.sentence(calibration)}")
+    print(f"quantized    {summary.sentence(quantized)}, in {quantized.path}\n")
+    show(calibration_table(calibration))
+    print(f"\nnext: lightship verify {arguments.out} --source {arguments.source}")
     return 0
 
 

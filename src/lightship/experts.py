@@ -1,4 +1,4 @@
-"""The routed experts of one layer as a module: W4AFP8 or the source's FP8 blocks, whole or one tensor-parallel shard.
+"""The routed experts of one layer as a module: W4AFP8, FP8 blocks or BF16, whole or one tensor-parallel shard.
 
 `W4AFP8Experts` is the numerical reference of the W4AFP8 runtime. It takes the place of transformers' own experts
 module (same call: hidden states, chosen experts, their weights) and keeps what the checkpoint stores: packed int4,
@@ -10,7 +10,6 @@ all-reduce at the end. Shape suffixes: T tokens, P (token, expert) pairs, H hidd
 size, E experts.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,8 +31,6 @@ from lightship.w4afp8 import (
 )
 
 Activations = Literal["dynamic", "static"]
-Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
-"""Called with (expert, its inputs [tokens, H], its intermediate [tokens, I]) for each expert that a batch reaches."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class TensorParallel:
 
 
 class RoutedExperts(nn.Module):
-    """What both formats share: routing, the gated MLP of each reached expert, the weighted sum, the all-reduce.
+    """What all formats share: routing, the gated MLP of each reached expert, the weighted sum, the all-reduce.
 
     A format says how it rounds activations and gives its weights expanded, w13_E2IH [E, 2I, H] (gate above up) and
     w2_EHI [E, H, I].
@@ -76,7 +73,6 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.tp = tp
         self.dtype = dtype
-        self.observer: Observer | None = None
         self._expanded: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,15 +100,11 @@ class RoutedExperts(nn.Module):
         rounded_PH = self.round_input(x_TH.to(self.dtype))[token_P]
         h_PI = torch.cat(
             [
-                _gated(rounded_tH @ w13_E2IH[expert].T)
+                gated(rounded_tH @ w13_E2IH[expert].T)
                 for expert, rounded_tH in enumerate(rounded_PH.split(counts))
                 if len(rounded_tH)
             ]
         )
-        if self.observer:
-            for expert, (of_expert, h_tI) in enumerate(zip(token_P.split(counts), h_PI.split(counts), strict=True)):
-                if len(of_expert):
-                    self.observer(expert, x_TH[of_expert], h_tI)
         h_PI = self.round_intermediate(h_PI)
         y_PH = torch.cat([h_tI @ w2_EHI[e].T for e, h_tI in enumerate(h_PI.split(counts)) if len(h_tI)])
         y_PH *= weights_TK.flatten()[order_P, None].to(self.dtype)
@@ -280,6 +272,45 @@ class FP8Experts(RoutedExperts):
         return round_groups_through_fp8(h_PI)
 
 
+class BF16Experts(RoutedExperts):
+    """Experts as a BF16 source releases them: nothing is rounded.
+
+    Buffers (I is this rank's shard): w13 bf16 [E, 2I, H], w2 bf16 [E, H, I].
+    """
+
+    w13: torch.Tensor
+    w2: torch.Tensor
+
+    def __init__(self, tensors: dict[str, torch.Tensor], tp: TensorParallel, dtype: torch.dtype) -> None:
+        super().__init__(tp, dtype)
+        for name in ("w13", "w2"):
+            self.register_buffer(name, tensors[name])
+
+    @classmethod
+    def load(
+        cls, reader: TensorReader, layer_name: str, tp: TensorParallel, dtype: torch.dtype = torch.float32
+    ) -> "BF16Experts":
+        """Read this rank's shard of a layer from a BF16 checkpoint; errors as `W4AFP8Experts.load`."""
+        sizes = reader.checkpoint.dimensions
+        shard = tp.shard(sizes.moe_intermediate_size)
+        names = [f"{layer_name}.experts.{e}" for e in range(sizes.n_routed_experts)]
+        w13 = [
+            torch.cat([reader.read_finite(f"{n}.{p}.weight", shard, slice(None)) for p in ("gate_proj", "up_proj")])
+            for n in names
+        ]
+        w2 = [reader.read_finite(f"{n}.down_proj.weight", slice(None), shard) for n in names]
+        return cls({"w13": torch.stack(w13), "w2": torch.stack(w2)}, tp, dtype)
+
+    def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.w13.to(self.dtype), self.w2.to(self.dtype)
+
+    def round_input(self, x_TH: torch.Tensor) -> torch.Tensor:
+        return x_TH
+
+    def round_intermediate(self, h_PI: torch.Tensor) -> torch.Tensor:
+        return h_PI
+
+
 def load_experts(
     checkpoint: Checkpoint,
     reader: TensorReader,
@@ -289,11 +320,16 @@ def load_experts(
     activations: Activations,
 ) -> RoutedExperts:
     """The layer's experts in whichever format the checkpoint stores them: int8 is W4AFP8, F8_E4M3 is FP8 blocks."""
-    if checkpoint.info(f"{layer_name}.experts.0.gate_proj.weight").dtype == "I8":
-        return W4AFP8Experts.load(reader, layer_name, tp, dtype, activations)
-    return FP8Experts.load(reader, layer_name, tp, dtype)
+    match checkpoint.info(f"{layer_name}.experts.0.gate_proj.weight").dtype:
+        case "I8":
+            return W4AFP8Experts.load(reader, layer_name, tp, dtype, activations)
+        case "F8_E4M3":
+            return FP8Experts.load(reader, layer_name, tp, dtype)
+        case _:
+            return BF16Experts.load(reader, layer_name, tp, dtype)
 
 
-def _gated(gate_up_t2I: torch.Tensor) -> torch.Tensor:
+def gated(gate_up_t2I: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of [..., 2I], gate first: [..., I]."""
     gate, up = gate_up_t2I.chunk(2, dim=-1)
     return F.silu(gate) * up

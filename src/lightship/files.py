@@ -1,7 +1,9 @@
 """Files that are either whole or absent: temporary name, fsync, rename. Digests of files and of values."""
 
+import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from lightship.errors import LightshipError
 
 T = TypeVar("T")
 PARTIAL = ".partial"
+LOCK = ".lock"
 
 
 def _fsync(path: Path) -> None:
@@ -30,6 +33,31 @@ def publish_directory(partial: Path, path: Path) -> None:
     _fsync(partial)
     partial.rename(path)
     _fsync(path.parent)
+
+
+@contextmanager
+def locked(directory: Path, *, wait: bool) -> Iterator[None]:
+    """Make the directory and hold its lock.
+
+    Raises:
+        LightshipError: another process holds it, and `wait` is false.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LightshipError(f"another process is working on {directory}; wait for it to end") from None
+        yield
+
+
+def clear_directory(directory: Path) -> None:
+    """Remove everything in a directory but its lock."""
+    for entry in directory.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
 
 
 @contextmanager

@@ -29,7 +29,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     calibration_text_digest: str
     quantization: dict[str, Any]
     experts_without_tokens: list[str]
-    layers_without_calibration: list[str]
     files: dict[str, FileEntry]
 
 

@@ -24,10 +24,33 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class TextSource(Section, frozen=True, kw_only=True):
-    """One scene of text: JSON lines with `text`, or `messages` for the model's chat template."""
+    """Text of a scene: local files, or a Hugging Face dataset. Several sources may share a scene.
+
+    A row has `text`, or `messages` (and perhaps `tools`) for the model's chat template.
+    """
 
     scene: str
-    path: str
+    path: str | None = None
+    """A .jsonl, .txt, .md or .parquet file, or a folder of these, read in the order of their names."""
+    dataset: str | None = None
+    """A dataset's name on the Hub, or a local dataset folder (starts with `.` or `/`)."""
+    config: str | None = None
+    revision: str | None = None
+    """A commit of the dataset; a branch moves, and with it the release id."""
+    split: str | None = None
+    """`train` if absent."""
+    column: str | None = None
+    """The column that holds the text (strings) or the messages (lists); `messages` or `text` if absent."""
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 1.0
+    """The source gives this many times `tokens_per_scene` tokens."""
+    thinking: bool | None = None
+    """Tell the chat template to think or not to; with `false`, reasoning in the rows is left out."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError(f"the source of scene {self.scene!r} needs exactly one of path and dataset")
+        if self.path is not None and (self.config or self.revision or self.split):
+            raise ValueError(f"the source of scene {self.scene!r}: config, revision and split belong to a dataset")
 
 
 class RoundingSettings(Section, frozen=True, kw_only=True):
@@ -71,7 +94,27 @@ class CalibrationText(Section, frozen=True, kw_only=True):
 
     sources: Annotated[list[TextSource], msgspec.Meta(min_length=1)]
     tokens_per_scene: Positive = 16384
+    """Tokens of a source of weight 1."""
     sequence_tokens: Positive = 512
+    replay: Literal["quantized", "original"] = "quantized"
+    """The weights with which a block's outputs are computed for the next: as the result will be served, or the source's,
+    which makes the layers independent of one another."""
+
+    def __post_init__(self) -> None:
+        _check_shares(self)
+
+
+class Cluster(Section, frozen=True, kw_only=True):
+    """A Dask cluster that rounds the experts; it changes how long that takes, not what comes out."""
+
+    workers: Positive | None = None
+    """Start this many worker processes on this machine."""
+    scheduler: str | None = None
+    """Use the cluster of this Dask scheduler, `tcp://host:8786`; its workers see source and result by the same paths."""
+
+    def __post_init__(self) -> None:
+        if (self.workers is None) == (self.scheduler is None):
+            raise ValueError("cluster needs exactly one of workers and scheduler")
 
 
 class Serving(Section, frozen=True, kw_only=True):
@@ -104,6 +147,19 @@ class FidelityText(Section, frozen=True, kw_only=True):
     sources: Annotated[list[TextSource], msgspec.Meta(min_length=1)]
     tokens_per_scene: Positive = 4096
     sequence_tokens: Positive = 512
+
+    def __post_init__(self) -> None:
+        _check_shares(self)
+
+
+def _check_shares(text: CalibrationText | FidelityText) -> None:
+    for source in text.sources:
+        tokens = round(text.tokens_per_scene * source.weight)
+        if tokens < text.sequence_tokens:
+            raise ValueError(
+                f"scene {source.scene!r}: tokens_per_scene {text.tokens_per_scene} x weight {source.weight:g} is "
+                f"{tokens}, less than sequence_tokens {text.sequence_tokens}"
+            )
 
 
 class ThroughputLoad(Section, frozen=True, kw_only=True):
@@ -141,6 +197,7 @@ class Recipe(Section, frozen=True, kw_only=True):
     """The registered model's name."""
     quantization: Quantization = Quantization()
     calibration: CalibrationText
+    cluster: Cluster | None = None
     serving: Serving = Serving()
     accuracy: AccuracyTask
     fidelity: FidelityText
@@ -174,7 +231,7 @@ def _with_absolute_paths(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
         return {
             k: os.path.normpath(folder / v)
-            if k in ("path", "questions") and isinstance(v, str)
+            if isinstance(v, str) and (k in ("path", "questions") or (k == "dataset" and v.startswith(".")))
             else _with_absolute_paths(v, folder)
             for k, v in value.items()
         }

@@ -60,30 +60,80 @@ class Plan(Record, frozen=True, kw_only=True):
         return 1 - self.experts_after / self.experts_before
 
 
+class InputScale(Record, frozen=True, kw_only=True):
+    """The static FP8 scale of the inputs of w1 and w3, or of w2, one for all experts of a layer."""
+
+    scale: float
+    """Representable in bf16, which is all that SGLang keeps of it."""
+    amax: float
+    """The largest absolute input."""
+    percentile: float
+    """The scale covers this share of the inputs, in percent; the rest saturates. 100: none does."""
+    error: float
+    """Relative squared error of rounding all inputs to FP8 at this scale."""
+    error_at_amax: float
+    """The same at the scale that covers every input."""
+    outliers: bool
+    """The error is more than twice FP8's own: outliers stretch the scale, so static activations will cost accuracy."""
+
+
+class ExpertRounding(Record, frozen=True, kw_only=True):
+    """How one expert was rounded, and how well."""
+
+    expert: int
+    tokens: int
+    """Of the calibration text that were routed to it."""
+    how: str
+    """`gptq`; `gptq, topped up` with the layer's tokens, because it saw fewer than the floor; `mse, no tokens`; …"""
+    w13_error: float
+    w2_error: float
+    """Relative squared error of the weights, ||w - w'||² / ||w||²."""
+    w13_output_error: float | None
+    w2_output_error: float | None
+    """Relative squared error of the outputs on the calibration tokens; null without a Hessian."""
+
+
 class LayerCalibration(Record, frozen=True, kw_only=True):
-    """What one layer's experts saw: absolute maxima of their inputs and of their intermediates, tokens an expert."""
+    """What one layer's experts saw, and what became of them."""
 
     layer_name: str
-    w13_amax: float
-    w2_amax: float
-    w13_input_scale: float
-    w2_input_scale: float
-    """Input scales are amax / 448 rounded up to bf16, one for all experts of the layer."""
+    w13_input: InputScale
+    w2_input: InputScale
     expert_tokens: dict[str, list[int]]
     """Scene -> tokens routed to each expert."""
+    experts: list[ExpertRounding]
 
     def tokens_of_experts(self) -> list[int]:
         return [sum(counts) for counts in zip(*self.expert_tokens.values(), strict=True)]
 
+    def starved(self, floor: int) -> list[int]:
+        """The experts that saw fewer tokens than `floor`."""
+        return [expert for expert, tokens in enumerate(self.tokens_of_experts()) if tokens < floor]
+
 
 class Calibration(Record, frozen=True, kw_only=True):
-    """Statistics of the calibration text, run through the source model."""
+    """What the calibration text did in the model, layer by layer, and how each expert was rounded."""
 
     text_digest: str
     tokens: dict[str, int]
     """Scene -> tokens."""
+    token_floor: int
     layers: list[LayerCalibration]
-    seconds: float
+
+    @property
+    def starved(self) -> list[str]:
+        """Experts that saw fewer tokens than the floor: `model.layers.3.mlp.experts.7`."""
+        return [f"{x.layer_name}.experts.{e}" for x in self.layers for e in x.starved(self.token_floor)]
+
+    @property
+    def without_tokens(self) -> list[str]:
+        """Experts that calibration never reached, rounded by the MSE grid."""
+        return [f"{x.layer_name}.experts.{e}" for x in self.layers for e in x.starved(1)]
+
+    @property
+    def with_outliers(self) -> list[str]:
+        """Layers whose static input scales are stretched by outliers."""
+        return [x.layer_name for x in self.layers if x.w13_input.outliers or x.w2_input.outliers]
 
 
 class LayerError(Record, frozen=True, kw_only=True):
@@ -101,10 +151,9 @@ class Quantized(Record, frozen=True, kw_only=True):
     method: str
     manifest_digest: str
     bytes_total: int
-    experts_without_tokens: list[str]
-    """Experts that calibration never reached, rounded without a Hessian: `model.layers.3.mlp.experts.7`."""
-    layers_without_calibration: list[str]
-    """MTP layers, which the forward pass does not run: rounded by MSE, with the last layer's input scales."""
+    experts: int
+    experts_resumed: int
+    """Of them, how many an earlier run of the same command had finished."""
     seconds: float
 
 

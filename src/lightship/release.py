@@ -8,11 +8,10 @@ questions it names, lightship's own code, and the engine. The same inputs give t
 """
 
 import contextlib
-import fcntl
 import importlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +22,7 @@ import msgspec
 from lightship import __version__
 from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
-from lightship.files import digest_of, digest_of_file, read_json, write_json
+from lightship.files import digest_of, digest_of_file, locked, read_json, write_json
 from lightship.recipe import Recipe, load_recipe
 from lightship.records import Record
 from lightship.text import digest_of_text
@@ -121,7 +120,7 @@ class Release:
         """
         path = (directory or self.directory) / f"{name}.json"
         start = time.monotonic()
-        with _lock(directory, wait=True) if directory else contextlib.nullcontext():
+        with locked(directory, wait=True) if directory else contextlib.nullcontext():
             cached = path.is_file()
             record = read_json(path, kind) if cached else run()
             if not cached:
@@ -142,7 +141,7 @@ class Release:
         Raises:
             LightshipError: another process works on this release.
         """
-        with _lock(self.directory, wait=False):
+        with locked(self.directory, wait=False):
             write_json(
                 self.directory / "release.json",
                 ReleaseFile(
@@ -155,17 +154,6 @@ class Release:
                 ),
             )
             yield
-
-
-@contextlib.contextmanager
-def _lock(directory: Path, *, wait: bool) -> Iterator[None]:
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LightshipError(f"another process is working on {directory}; wait for it to end") from None
-        yield
 
 
 def identify(source: Checkpoint, recipe: Recipe) -> Identity:
@@ -195,10 +183,10 @@ def question_files(directory: Path) -> list[Path]:
     return files
 
 
-def digest_of_code() -> str:
-    """SHA-256 over lightship's installed source files."""
+def digest_of_code(packages: Sequence[str] = PACKAGES) -> str:
+    """SHA-256 over lightship's installed source files, of all packages or of some."""
     digests: dict[str, str] = {}
-    for package in PACKAGES:
+    for package in packages:
         (folder,) = importlib.import_module(package).__path__
         digests |= {f"{package}/{p.name}": digest_of_file(p) for p in sorted(Path(folder).glob("*.py"))}
     return digest_of(digests)

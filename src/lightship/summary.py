@@ -1,6 +1,7 @@
 """What a record says in one line for people, and as metrics for MLflow."""
 
 from functools import singledispatch
+from statistics import mean
 
 from lightship.records import (
     Accuracy,
@@ -16,6 +17,9 @@ from lightship.records import (
     Verdict,
     Verification,
 )
+
+NAMED = 3
+"""Names that a sentence gives; it counts the others."""
 
 
 def size(nbytes: float) -> str:
@@ -59,36 +63,44 @@ def _(plan: Plan) -> dict[str, float]:
 @sentence.register
 def _(calibration: Calibration) -> str:
     least = min(min(layer.tokens_of_experts()) for layer in calibration.layers)
-    return (
-        f"{sum(calibration.tokens.values()):,} tokens of {len(calibration.tokens)} scenes; "
-        f"the least used expert saw {least:,}"
-    )
+    parts = [
+        f"{sum(calibration.tokens.values()):,} tokens of {len(calibration.tokens)} scenes",
+        f"the least used expert saw {least:,}",
+    ]
+    if starved := calibration.starved:
+        parts.append(f"{len(starved)} experts saw fewer than {calibration.token_floor:,}: {_some(starved)}")
+    if outliers := calibration.with_outliers:
+        parts.append(f"outliers stretch the input scales of {_some(outliers)}")
+    return "; ".join(parts)
 
 
 @metrics.register
 def _(calibration: Calibration) -> dict[str, float]:
+    rounded = [expert for layer in calibration.layers for expert in layer.experts]
     return {
         "calibration/tokens": sum(calibration.tokens.values()),
-        "calibration/least_expert_tokens": min(min(layer.tokens_of_experts()) for layer in calibration.layers),
+        "calibration/least_expert_tokens": min(expert.tokens for expert in rounded),
+        "calibration/experts_starved": len(calibration.starved),
+        "calibration/experts_without_tokens": len(calibration.without_tokens),
+        "calibration/layers_with_outliers": len(calibration.with_outliers),
+        **{f"calibration/error/{x.layer_name}/w13": mean(e.w13_error for e in x.experts) for x in calibration.layers},
+        **{f"calibration/error/{x.layer_name}/w2": mean(e.w2_error for e in x.experts) for x in calibration.layers},
     }
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 @sentence.register
 def _(quantized: Quantized) -> str:
-    starved, mtp = len(quantized.experts_without_tokens), len(quantized.layers_without_calibration)
-    return (
-        f"{quantized.method}; {size(quantized.bytes_total)}"
-        + (f"; {starved} experts saw no calibration token" if starved else "")
-        + (f"; {mtp} MTP layer rounded without calibration" if mtp else "")
-    )
+    resumed = f"; {quantized.experts_resumed:,} were finished before" if quantized.experts_resumed else ""
+    return f"{quantized.method}; {quantized.experts:,} experts{resumed}; {size(quantized.bytes_total)}"
 
 
 @metrics.register
 def _(quantized: Quantized) -> dict[str, float]:
-    return {
-        "quantize/seconds": quantized.seconds,
-        "quantize/experts_without_tokens": len(quantized.experts_without_tokens),
-    }
+    return {"quantize/seconds": quantized.seconds, "quantize/experts": quantized.experts}
 
 
 @sentence.register

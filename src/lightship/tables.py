@@ -1,7 +1,10 @@
 """Records as tables on the terminal."""
 
 import os
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +14,7 @@ from lightship import summary
 from lightship.files import read_json
 from lightship.records import (
     Accuracy,
+    Calibration,
     Comparison,
     Fidelity,
     Percentiles,
@@ -28,6 +32,8 @@ ACTIONS = {
     "fp8": "other linears, FP8 128x128 blocks as they are",
     "keep": "norms, embeddings, head, router as they are",
 }
+SHOWN = 6
+"""Starved experts that a row names."""
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
@@ -67,6 +73,41 @@ def tensor_table(plan: Plan) -> Table:
     for t in plan.tensors:
         table.add_row(t.name, t.action, t.dtype, str(t.shape), size(t.bytes_before), size(t.bytes_after))
     return table
+
+
+def calibration_table(calibration: Calibration) -> Table:
+    """What each layer's experts saw and how well they were rounded."""
+    table = _table(
+        "layer",
+        "tokens an expert: least / median / most",
+        "starved",
+        "how",
+        "error w13 / w2",
+        "of outputs",
+        "input scales",
+    )
+    for layer in calibration.layers:
+        tokens = sorted(layer.tokens_of_experts())
+        starved = layer.starved(calibration.token_floor)
+        ways = Counter(expert.how for expert in layer.experts)
+        flag = " [yellow]outliers[/]" if layer.w13_input.outliers or layer.w2_input.outliers else ""
+        table.add_row(
+            layer.layer_name.removesuffix(".mlp"),
+            f"{tokens[0]:,} / {tokens[len(tokens) // 2]:,} / {tokens[-1]:,}",
+            ", ".join(map(str, starved[:SHOWN])) + (" …" if len(starved) > SHOWN else "") if starved else "-",
+            "; ".join(f"{how}: {count}" for how, count in ways.most_common()),
+            f"{mean(e.w13_error for e in layer.experts):.2%} / {mean(e.w2_error for e in layer.experts):.2%}",
+            _mean_error(e.w13_output_error for e in layer.experts)
+            + " / "
+            + _mean_error(e.w2_output_error for e in layer.experts),
+            f"{layer.w13_input.scale:.3g}, {layer.w2_input.scale:.3g}{flag}",
+        )
+    return table
+
+
+def _mean_error(errors: Iterable[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    return f"{mean(known):.2%}" if known else "-"
 
 
 def verification_table(verification: Verification) -> Table:

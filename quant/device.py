@@ -1,0 +1,32 @@
+"""The device that rounds, and the memory there is."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from lightship.errors import LightshipError
+
+DEVICE = "LIGHTSHIP_DEVICE"
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` is $LIGHTSHIP_DEVICE, else a GPU if there is one, else the CPU.
+
+    Raises:
+        LightshipError: there is no such device.
+    """
+    if name == "auto":
+        name = os.environ.get(DEVICE) or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LightshipError(f"the device {name!r} cannot be used: {error}; name another with --device") from error
+    return device
+
+
+def free_memory() -> int:
+    """Bytes that this machine can still give."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
