@@ -36,7 +36,7 @@ def read_evidence(directory: Path) -> ReportData:
     checkpoint = directory / "checkpoint"
     next_commands = [
         f"lightship serve {checkpoint} --tp {staged.tensor_parallel}",
-        f"lightship verify {checkpoint} --source {release.source}",
+        f"lightship verify {checkpoint} --against {release.source}",
     ]
     if verdict.decision == "pass" and not (directory / "promoted.json").is_file():
         next_commands.append(f"lightship promote {release.release_id} --home {directory.parent.parent}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightship.errors import EvaluationError
 from lightship.progress import tracked
-from lightship.recipe import FidelityText, TextSource
+from lightship.recipe import FidelityText
 from lightship.records import Fidelity, SceneFidelity
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def measure_fidelities(
     import torch
 
     from lightship.causal_lm import load_causal_lm, load_tokenizer
-    from lightship.text import read_sequences
+    from lightship.text import read_scenes
 
     started = time.monotonic()
     tokenizer = load_tokenizer(source)
@@ -57,10 +57,9 @@ def measure_fidelities(
     models = [load_causal_lm(path, activations=activations) for path in quantized]
     scenes: list[list[SceneFidelity]] = [[] for _ in models]
     with torch.inference_mode():
-        for scene in text.sources:
-            sequences = read_sequences(scene, tokenizer, text.tokens_per_scene, text.sequence_tokens)
+        for scene, sequences in read_scenes(text, tokenizer).items():
             batches = torch.stack(sequences).split(max(1, TOKENS_A_BATCH // text.sequence_tokens))
-            sums = _sums_of_scene(reference, models, tracked(batches, f"comparing on {scene.scene}"))
+            sums = _sums_of_scene(reference, models, tracked(batches, f"comparing on {scene}"))
             for path, of_model, s in zip(quantized, scenes, sums, strict=True):
                 of_model.append(_scene(scene, path, s))
     seconds = time.monotonic() - started
@@ -97,14 +96,14 @@ def _log_probabilities(model: Any, ids_BS: "torch.Tensor") -> "torch.Tensor":
     return logits_BSV[:, :-1].float().log_softmax(dim=-1)
 
 
-def _scene(scene: TextSource, quantized: Path, sums: "torch.Tensor") -> SceneFidelity:
+def _scene(scene: str, quantized: Path, sums: "torch.Tensor") -> SceneFidelity:
     tokens, kl, agree, nll_source, nll_quantized = sums.tolist()
     if not math.isfinite(kl + nll_source + nll_quantized):
         raise EvaluationError(
-            f"{quantized} or its source gives non-finite probabilities on scene {scene.scene!r}; run `lightship verify`"
+            f"{quantized} or its source gives non-finite probabilities on scene {scene!r}; run `lightship verify`"
         )
     return SceneFidelity(
-        scene=scene.scene,
+        scene=scene,
         tokens=int(tokens),
         kl=max(0.0, kl / tokens),
         top1_agreement=agree / tokens,

@@ -62,6 +62,7 @@ def _quantize(source: Checkpoint, plan: Plan, recipe: Recipe, out: Path, device:
 @task(cache_policy=NO_CACHE, retries=RETRIES, task_run_name="{job.layer_name} {job.experts}")
 def round_experts(job: LayerJob) -> int:
     from distributed import get_worker
+
     from lightship.quant.worker import round_experts
 
     name = get_worker().name

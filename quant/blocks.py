@@ -123,7 +123,7 @@ class BlockStream:
                     sequences, tokens, self.checkpoint.dimensions.hidden_size, dtype=self.dtype, device=self.device
                 )
                 self._body(inputs_embeds=embeddings, use_cache=False)
-            except _Caught as caught:
+            except _CaughtError as caught:
                 self._arguments[sequences, tokens] = caught.arguments
             finally:
                 self._body.layers = layers
@@ -134,7 +134,7 @@ class BlockStream:
         return module.eval()
 
 
-class _Caught(Exception):
+class _CaughtError(Exception):
     def __init__(self, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.arguments = arguments
@@ -144,4 +144,4 @@ class _Catcher(nn.Module):
     """In the place of the first layer: hands out what the model gave it."""
 
     def forward(self, hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:  # noqa: ARG002
-        raise _Caught(arguments)
+        raise _CaughtError(arguments)

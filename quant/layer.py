@@ -28,10 +28,10 @@ from lightship.quant.expert import (
     round_tokens_through_fp8,
 )
 from lightship.quant.journal import Journal
+from lightship.quant.layout import Shards
 from lightship.quant.magnitudes import Magnitudes, choose_input_scale
 from lightship.quant.pipeline import Writer, read_ahead
 from lightship.quant.rounding import Int4Weight
-from lightship.quant.layout import Shards
 from lightship.recipe import Quantization
 from lightship.records import ExpertRounding, InputScale
 from lightship.w4afp8 import dequantize_fp8_blocks, round_groups_through_fp8, unpack_int4

@@ -18,25 +18,11 @@ import torch
 
 from lightship.checkpoint import INDEX
 from lightship.errors import LightshipError
-from lightship.quant.outputs import OutputTensor
+from lightship.quant.plan import PlannedOutput
+from lightship.shards import BYTES_OF, torch_dtype
 from lightship.summary import size
 
 SHARD_BYTES = 4_000_000_000
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Names of the safetensors format -> torch's."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +31,13 @@ class Place:
 
     shard: int
     begin: int
-    tensor: OutputTensor
+    tensor: PlannedOutput
 
 
 class Shards:
-    """The safetensors files of a result in `directory`, each at most `shard_bytes` of tensors unless one alone is more."""
+    """The safetensors files of a result in `directory`, each of at most `shard_bytes`, unless one tensor is more."""
 
-    def __init__(self, directory: Path, tensors: Sequence[OutputTensor], shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, directory: Path, tensors: Sequence[PlannedOutput], shard_bytes: int = SHARD_BYTES) -> None:
         self.directory = directory
         groups = list(_filled(tensors, shard_bytes))
         self.names = [f"model-{n + 1:05d}-of-{len(groups):05d}.safetensors" for n in range(len(groups))]
@@ -60,7 +46,7 @@ class Shards:
         self._sizes: list[int] = []
         for number, group in enumerate(groups):
             # Widest dtype first, as safetensors itself writes: every tensor is then aligned to its items.
-            ordered = sorted(group, key=lambda t: -TORCH_DTYPES[t.dtype].itemsize)
+            ordered = sorted(group, key=lambda t: -BYTES_OF[t.dtype])
             header, end = _header(ordered)
             for tensor, begin in zip(ordered, _begins(ordered), strict=True):
                 self.places[tensor.name] = Place(number, len(header) + begin, tensor)
@@ -104,8 +90,8 @@ class Shards:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor (on the CPU) to its place; it must have the planned dtype and shape."""
         place = self.places[name]
-        assert tensor.dtype == TORCH_DTYPES[place.tensor.dtype], (name, tensor.dtype)
-        assert list(tensor.shape) == place.tensor.shape, (name, tensor.shape)
+        assert tensor.dtype == torch_dtype(place.tensor.dtype), (name, tensor.dtype)
+        assert list(tensor.shape) == list(place.tensor.shape), (name, tensor.shape)
         with refusing_a_full_disk(self.directory / self.names[place.shard]):
             write_at(self._file(place.shard), bytes_of(tensor), place.begin)
 
@@ -115,7 +101,7 @@ class Shards:
         buffer = torch.empty(place.tensor.nbytes, dtype=torch.uint8)
         read = os.preadv(self._file(place.shard), [memoryview(buffer.numpy())], place.begin)
         assert read == place.tensor.nbytes
-        return buffer.view(TORCH_DTYPES[place.tensor.dtype]).reshape(place.tensor.shape)
+        return buffer.view(torch_dtype(place.tensor.dtype)).reshape(place.tensor.shape)
 
     def sync(self, names: Sequence[str] | None = None) -> None:
         """Wait until the tensors `names` (all if absent) are on the disk."""
@@ -173,8 +159,8 @@ def write_at(file: int, data: bytes | memoryview, position: int) -> None:
         view, position = view[written:], position + written
 
 
-def _filled(tensors: Sequence[OutputTensor], shard_bytes: int) -> Iterator[list[OutputTensor]]:
-    group: list[OutputTensor] = []
+def _filled(tensors: Sequence[PlannedOutput], shard_bytes: int) -> Iterator[list[PlannedOutput]]:
+    group: list[PlannedOutput] = []
     filled = 0
     for tensor in tensors:
         if group and filled + tensor.nbytes > shard_bytes:
@@ -186,14 +172,14 @@ def _filled(tensors: Sequence[OutputTensor], shard_bytes: int) -> Iterator[list[
         yield group
 
 
-def _begins(tensors: Sequence[OutputTensor]) -> Iterator[int]:
+def _begins(tensors: Sequence[PlannedOutput]) -> Iterator[int]:
     begin = 0
     for tensor in tensors:
         yield begin
         begin += tensor.nbytes
 
 
-def _header(tensors: Sequence[OutputTensor]) -> tuple[bytes, int]:
+def _header(tensors: Sequence[PlannedOutput]) -> tuple[bytes, int]:
     """The file's start (length and JSON, padded to eight bytes) and how many bytes of tensors follow it."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,27 +1,53 @@
-"""Decide, from headers alone, what becomes of every tensor: int4 | fp8 | keep, and what it then weighs.
+"""Decide, from headers alone, what becomes of every tensor, and which tensors the result holds.
 
-lightship plan demo/checkpoint
+Routed experts become int4. Every other linear is FP8 blocks in the result: those of an FP8 source stay byte for byte,
+those of a BF16 source are converted, because SGLang's W4AFP8 reads no linear in BF16. All else is kept as it is.
+
+    lightship plan demo/checkpoint
 """
 
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from lightship.census import SCALE, Census, blocks_of, census
 from lightship.checkpoint import EXPERT, Checkpoint
 from lightship.errors import CheckpointError
 from lightship.records import Action, Plan, PlannedTensor
-from lightship.shards import TensorInfo
+from lightship.shards import BYTES_OF, TensorInfo
 from lightship.w4afp8 import GROUP, tensor_parallel_degrees
 
-SCALE_BYTES = 2
-"""Group scales and input scales are stored as bf16, which is all that the loader keeps of them."""
+FLOATS = ("BF16", "F16", "F32")
+"""Dtypes of weights that are not quantized yet."""
+INPUT_SCALES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""SGLang's names of an expert's projections, under which it looks for their input scales."""
+NAMED = 5
+"""So many of the missing tensors a message names."""
+
+
+class PlannedOutput(NamedTuple):
+    """A tensor of the result, exact in name, dtype (of safetensors), shape and bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * BYTES_OF[self.dtype]
 
 
 def plan_quantization(checkpoint: Checkpoint) -> Plan:
-    """Plan the quantization of an FP8 block checkpoint.
+    """Plan the quantization of a checkpoint with FP8 blocks, or of one in BF16.
 
     Raises:
-        CheckpointError: the checkpoint has no routed experts, they are not FP8 blocks, some are missing, or their sizes
-            are not whole groups of 128.
+        CheckpointError: the checkpoint has no routed experts or lacks other tensors that its architecture needs, they
+            are quantized otherwise, or the experts' sizes are not whole groups of 128.
     """
-    layers = checkpoint.expert_layers()
     sizes = checkpoint.dimensions
+    layers = checkpoint.expert_layers()
     if not layers:
         raise CheckpointError(
             f"{checkpoint.path} has no routed experts (…mlp.experts.N.gate_proj.weight): W4AFP8 is for MoE models"
@@ -37,58 +63,95 @@ def plan_quantization(checkpoint: Checkpoint) -> Plan:
             raise CheckpointError(
                 f"{checkpoint.path / 'config.json'}: {name} {size} is not a multiple of {GROUP}, W4AFP8's group size"
             )
-    for layer_name in layers:
-        for expert in range(sizes.n_routed_experts):
-            for projection in ("gate_proj", "up_proj", "down_proj"):
-                _check_expert_weight(checkpoint, f"{layer_name}.experts.{expert}.{projection}.weight")
+    taken = census(checkpoint)
+    for name, weight in taken.expected.items():
+        if weight.linear and name in checkpoint.tensors:
+            _check_dtype(checkpoint, checkpoint.tensors[name])
+    _check_complete(checkpoint, taken)
     return Plan(
         source=str(checkpoint.path),
-        tensors=[_plan_tensor(checkpoint, info) for info in checkpoint.tensors.values()],
+        tensors=[_plan_tensor(checkpoint, taken, info) for info in checkpoint.tensors.values()],
         expert_layers=list(layers),
         tensor_parallel=tensor_parallel_degrees(sizes.moe_intermediate_size),
     )
 
 
-def _check_expert_weight(checkpoint: Checkpoint, name: str) -> None:
-    info = checkpoint.info(name)
+def planned_outputs(plan: Plan) -> Iterator[PlannedOutput]:
+    """Every tensor of the result, in the plan's order; an int4 weight comes with its scales right after it."""
+    for tensor in plan.tensors:
+        yield from outputs_of(tensor)
+
+
+def outputs_of(tensor: PlannedTensor) -> list[PlannedOutput]:
+    """What one tensor of the source becomes: itself, or a weight with its scales; nothing of an expert's old scales."""
+    name, shape = tensor.name, tuple(tensor.shape)
+    if tensor.action == "int4":
+        match = EXPERT.match(name)
+        assert match
+        if match["part"] != "weight":
+            return []
+        expert, projection = name.removesuffix(f"{match['projection']}.weight"), match["projection"]
+        return [
+            PlannedOutput(name, "I8", (shape[0], shape[1] // 2)),
+            PlannedOutput(name + SCALE, "BF16", (shape[0], shape[1] // GROUP)),
+            PlannedOutput(f"{expert}{INPUT_SCALES[projection]}.input_scale", "BF16", ()),
+        ]
+    if tensor.converted:
+        return [PlannedOutput(name, "F8_E4M3", shape), PlannedOutput(name + SCALE, "F32", blocks_of(shape))]
+    return [PlannedOutput(name, tensor.dtype, shape)]
+
+
+def _check_dtype(checkpoint: Checkpoint, info: TensorInfo) -> None:
     if info.dtype == "I8":
-        raise CheckpointError(f"{checkpoint.path}: {name} is int8 already; give the FP8 release it was made from")
-    if info.dtype != "F8_E4M3":
+        raise CheckpointError(f"{checkpoint.path}: {info.name} is int8 already; give the FP8 release it was made from")
+    if info.dtype not in ("F8_E4M3", *FLOATS):
         raise CheckpointError(
-            f"{checkpoint.path}: {name} is {info.dtype}; lightship reads FP8 (F8_E4M3) block checkpoints"
+            f"{checkpoint.path}: {info.name} is {info.dtype}; lightship reads FP8 (F8_E4M3) blocks, BF16, F16 and F32"
         )
-    sizes = checkpoint.dimensions
-    expected = (sizes.moe_intermediate_size, sizes.hidden_size)
-    if name.endswith("down_proj.weight"):
-        expected = expected[::-1]
-    if info.shape != expected:
+    if info.dtype == "F8_E4M3" and info.name + SCALE not in checkpoint.tensors:
+        other = sorted(n for n in checkpoint.tensors if n.startswith(f"{info.name}_"))
+        hint = f"it has {other[0]} instead, of another format" if other else "the checkpoint is incomplete"
         raise CheckpointError(
-            f"{checkpoint.path}: {name} has shape {list(info.shape)}, config.json says {list(expected)}"
-        )
-    scale = checkpoint.info(f"{name}_scale_inv")
-    blocks = tuple(-(-n // GROUP) for n in expected)
-    if scale.shape != blocks:
-        raise CheckpointError(
-            f"{checkpoint.path}: {scale.name} has shape {list(scale.shape)}, 128x128 blocks need {list(blocks)}"
+            f"{checkpoint.path} has no tensor {info.name}{SCALE}, the scales of its 128x128 FP8 blocks; {hint}: "
+            "give a release in DeepSeek's FP8 blocks, or in BF16"
         )
 
 
-def _plan_tensor(checkpoint: Checkpoint, info: TensorInfo) -> PlannedTensor:
+def _check_complete(checkpoint: Checkpoint, taken: Census) -> None:
+    if taken.missing:
+        rest = len(taken.missing) - NAMED
+        raise CheckpointError(
+            f"{checkpoint.path} lacks {len(taken.missing)} tensors that config.json asks for: "
+            f"{', '.join(taken.missing[:NAMED])}{f' and {rest} more' if rest > 0 else ''}; the checkpoint is "
+            "incomplete, or its config.json is of another model: download both again"
+        )
+    for name, (shape, expected) in taken.misshapen.items():
+        raise CheckpointError(f"{checkpoint.path}: {name} has shape {list(shape)}, config.json says {list(expected)}")
+
+
+def _plan_tensor(checkpoint: Checkpoint, taken: Census, info: TensorInfo) -> PlannedTensor:
+    weight = taken.expected.get(info.name.removesuffix(SCALE))
+    linear = weight is not None and weight.linear
     action: Action = "keep"
-    after = info.nbytes
-    if match := EXPERT.match(info.name):
+    if EXPERT.match(info.name):
         action = "int4"
-        weights = info.shape[0] * info.shape[1]
-        after = weights // 2 + weights // GROUP * SCALE_BYTES + SCALE_BYTES if match["part"] == "weight" else 0
-    elif info.dtype == "F8_E4M3" or (
-        info.name.endswith("_scale_inv") and info.name.removesuffix("_scale_inv") in checkpoint.tensors
-    ):
+    elif linear or "F8_E4M3" in (info.dtype, _dtype(checkpoint, info.name.removesuffix(SCALE))):
         action = "fp8"
-    return PlannedTensor(
+    planned = PlannedTensor(
         name=info.name,
         action=action,
+        converted=action == "fp8" and linear and info.dtype in FLOATS and not info.name.endswith(SCALE),
+        part=weight.part if weight else "unexpected",
         dtype=info.dtype,
         shape=list(info.shape),
         bytes_before=info.nbytes,
-        bytes_after=after,
+        bytes_after=info.nbytes,
     )
+    if action == "int4" or planned.converted:
+        return msgspec.structs.replace(planned, bytes_after=sum(output.nbytes for output in outputs_of(planned)))
+    return planned
+
+
+def _dtype(checkpoint: Checkpoint, name: str) -> str | None:
+    info = checkpoint.tensors.get(name)
+    return info.dtype if info else None

@@ -29,11 +29,11 @@ from lightship.files import clear_directory, locked, publish_directory, write_js
 from lightship.manifest import Manifest, describe_files, write_manifest
 from lightship.quant.blocks import BlockStream, MoEInputs
 from lightship.quant.device import choose_device, free_memory
-from lightship.quant.outputs import outputs_of
 from lightship.quant.journal import FINGERPRINT, Journal, check_fingerprint
 from lightship.quant.layer import LayerExperts
-from lightship.quant.pipeline import Tensors, Writer
 from lightship.quant.layout import SHARD_BYTES, Shards
+from lightship.quant.pipeline import Tensors, Writer
+from lightship.quant.plan import planned_outputs
 from lightship.quant.stash import Stash
 from lightship.recipe import CalibrationText, Quantization
 from lightship.records import Calibration, LayerCalibration, Plan, Quantized
@@ -167,7 +167,7 @@ class _Run:
         self.shard_bytes = shard_bytes
         self.cluster = cluster
         self.journal = Journal(work)
-        self.shards = Shards(work / RESULT, outputs_of(plan), shard_bytes)
+        self.shards = Shards(work / RESULT, list(planned_outputs(plan)), shard_bytes)
         made = self.shards.reserve()
         if made and self.journal.done:
             raise LightshipError(
@@ -327,7 +327,7 @@ class _Run:
             if tensor.action == "int4" or _block_of(tensor.name) != number:
                 continue
             value = self.reader.read_finite(tensor.name)
-            if tensor.action == "to_fp8":
+            if tensor.converted:
                 q_OI, scale_inv = quantize_fp8_blocks(value)
                 yield tensor.name, q_OI
                 yield f"{tensor.name}_scale_inv", scale_inv

@@ -1,12 +1,17 @@
-"""The rounding methods and their one interface: a float weight, and perhaps its Hessian, to int4 and group scales."""
+"""The rounding methods and their one interface: a float weight, and perhaps its Hessian, to int4 and group scales.
+
+A method works where its tensors are, on a CPU or a GPU, and leaves its result there. Weights that share their inputs
+(gate and up of an expert) are best stacked along the output dimension, so that one Hessian is factored once.
+"""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
-from lightship.recipe import Quantization
+from lightship.recipe import RoundingSettings
 from lightship.w4afp8 import GROUP, INT4_MAX, INT4_MIN
 
 
@@ -21,8 +26,8 @@ Rounding = Callable[[torch.Tensor, torch.Tensor | None], Int4Weight]
 """(w_OI float32 [out, in], hessian_II float32 [in, in] = sum of x xᵀ over the inputs seen, or None) -> Int4Weight."""
 
 
-def rounding_for(settings: Quantization) -> Rounding:
-    """The method that a recipe asks for."""
+def rounding_for(settings: RoundingSettings) -> Rounding:
+    """The method that a recipe, or one of its rules, asks for."""
     from lightship.quant.absmax import round_absmax
     from lightship.quant.gptq import round_gptq
     from lightship.quant.mse import round_mse
@@ -33,13 +38,18 @@ def rounding_for(settings: Quantization) -> Rounding:
         case "mse":
             return partial(round_mse, signed=settings.signed_scales)
         case "gptq":
-            return partial(round_gptq, signed=settings.signed_scales, damping=settings.damping)
+            return partial(round_gptq, signed=settings.signed_scales, damping=settings.damping, sweeps=settings.sweeps)
 
 
 def round_with_scales(w_OI: torch.Tensor, scale_OG: torch.Tensor) -> Int4Weight:
     """Nearest int4 at given scales."""
-    q_OGg = (w_OI.unflatten(-1, (-1, GROUP)) / scale_OG.float()[..., None]).round().clamp(INT4_MIN, INT4_MAX)
+    q_OGg = (w_OI.unflatten(-1, (-1, GROUP)) / scale_OG.float()[..., None]).round_().clamp_(INT4_MIN, INT4_MAX)
     return Int4Weight(q_OGg.flatten(-2).to(torch.int8), scale_OG)
+
+
+def restore(rounded: Int4Weight) -> torch.Tensor:
+    """The float32 weight [out, in] that a rounded one stands for."""
+    return (rounded.q_OI.unflatten(-1, (-1, GROUP)) * rounded.scale_OG.float()[..., None]).flatten(-2)
 
 
 def group_amax(w_OI: torch.Tensor) -> torch.Tensor:
@@ -49,12 +59,21 @@ def group_amax(w_OI: torch.Tensor) -> torch.Tensor:
 
 def relative_error(w_OI: torch.Tensor, rounded: Int4Weight) -> float:
     """||w - w'||² / ||w||²."""
-    restored = (rounded.q_OI.unflatten(-1, (-1, GROUP)).float() * rounded.scale_OG.float()[..., None]).flatten(-2)
-    return float((w_OI - restored).square().sum() / w_OI.square().sum().clamp_min(1e-30))
+    return float((w_OI - restore(rounded)).square().sum() / w_OI.square().sum().clamp_min(1e-30))
 
 
 def output_error(w_OI: torch.Tensor, rounded: Int4Weight, hessian_II: torch.Tensor) -> float:
-    """tr(E H Eᵀ) / tr(W H Wᵀ)."""
-    restored = (rounded.q_OI.unflatten(-1, (-1, GROUP)).float() * rounded.scale_OG.float()[..., None]).flatten(-2)
-    e = w_OI - restored
-    return float(((e @ hessian_II) * e).sum() / ((w_OI @ hessian_II) * w_OI).sum().clamp_min(1e-30))
+    """||x w' - x w||² / ||x w||² over the inputs x of which hessian_II = sum of x xᵀ; 0 if the outputs are all zero."""
+    error_OI = w_OI - restore(rounded)
+    lost = ((error_OI @ hessian_II) * error_OI).sum(dtype=torch.float64)
+    return float(lost / ((w_OI @ hessian_II) * w_OI).sum(dtype=torch.float64).clamp_min(1e-30))
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Whether the Triton kernels serve this tensor; plain torch does the same, slower, where they do not."""
+    return tensor.is_cuda and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -13,7 +13,7 @@ from lightship.files import PARTIAL
 from lightship.quant.layout import bytes_of, refusing_a_full_disk
 
 TENSORS = 4
-"""Tensors of [tokens, hidden] that are alive at once: what enters a block, what leaves it, the experts' inputs and sums."""
+"""Alive at once, [tokens, hidden] each: what enters a block, what leaves it, the experts' inputs and their sums."""
 
 
 class Stash:

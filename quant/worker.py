@@ -13,13 +13,12 @@ import torch
 from lightship.checkpoint import Checkpoint
 from lightship.quant.blocks import MoEInputs
 from lightship.quant.device import choose_device
-from lightship.quant.outputs import outputs_of
 from lightship.quant.journal import Journal
 from lightship.quant.layer import LayerExperts
-from lightship.quant.pipeline import Writer
-from lightship.quant.plan import plan_quantization
-from lightship.quant.quantize import RESULT, ROUTING, STASH, LayerJob
 from lightship.quant.layout import Shards
+from lightship.quant.pipeline import Writer
+from lightship.quant.plan import plan_quantization, planned_outputs
+from lightship.quant.quantize import RESULT, ROUTING, STASH, LayerJob
 from lightship.quant.stash import Stash
 
 
@@ -55,4 +54,4 @@ def round_experts(job: LayerJob, worker: int = 0) -> int:
 @lru_cache(maxsize=1)
 def _opened(source: Path, work: Path, shard_bytes: int, process: int) -> tuple[Checkpoint, Shards]:  # noqa: ARG001
     checkpoint = Checkpoint.open(source)
-    return checkpoint, Shards(work / RESULT, outputs_of(plan_quantization(checkpoint)), shard_bytes)
+    return checkpoint, Shards(work / RESULT, list(planned_outputs(plan_quantization(checkpoint))), shard_bytes)

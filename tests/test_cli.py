@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,8 @@ from lightship import __version__
 from lightship.checkpoint import INDEX
 from tests.quant.test_quantize import poison
 
-COMMANDS = ["plan", "quantize", "verify", "serve", "evaluate", "bench", "release", "promote", "report", "compare"]
+COMMANDS = ["plan", "quantize", "verify", "convert", "serve", "evaluate", "bench", "release", "promote", "report"]
+COMMANDS += ["compare"]
 RECIPE = """
 model = "m"
 [calibration]
@@ -87,13 +89,17 @@ def test_quantize_then_verify(fp8: Path, recipe: Path, tmp_path: Path) -> None:
     done = lightship("quantize", fp8, out, "--recipe", recipe)
     assert done.returncode == 0, done.stderr
     assert [p.name for p in out.parent.iterdir()] == ["w4afp8"], "the calibration is put away"
-    verified = lightship("verify", out, "--source", fp8)
+    verified = lightship("verify", out, "--against", fp8, "--out", tmp_path / "audit.json")
     assert verified.returncode == 0
-    assert verified.stdout.count("pass") == 9
+    assert re.findall(r" (pass|warn|FAIL) ", verified.stdout) == ["pass"] * 5 + ["warn"] + ["pass"] * 10
+    assert "error against the source" in verified.stdout
     (out / "tokenizer.json").unlink()
-    failed = lightship("verify", out, "--source", fp8)
+    failed = lightship("verify", out, "--against", fp8, "--out", tmp_path / "audit.json")
     assert failed.returncode == 1
     assert "tokenizer.json is missing" in failed.stdout
+    assert "not servable as it is: manifest" in failed.stdout
+    audit = json.loads((tmp_path / "audit.json").read_text())
+    assert [c["name"] for c in audit["checks"] if not c["passed"]] == ["manifest"]
 
 
 def test_a_truncated_shard_is_refused(broken: Path) -> None:

@@ -237,7 +237,7 @@ class TensorReader:
         import torch
 
         info = self.checkpoint.info(name)
-        dtype = torch_dtype(info)
+        dtype = torch_dtype(info.dtype)
         first, last = 0, 1
         shape = info.shape
         if parts:

@@ -139,12 +139,22 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         "verify",
         _verify,
-        "Read a W4AFP8 checkpoint as SGLang would and report every fault.",
-        "verify OUT --source demo/checkpoint",
+        "Audit any W4AFP8 checkpoint: would SGLang serve it, and is it the model that it was made from?",
+        "verify OUT --against demo/checkpoint",
     )
     sub.add_argument("checkpoint", type=Path, help="W4AFP8 checkpoint directory")
-    sub.add_argument("--source", type=Path, help="the FP8 checkpoint that it was made from, to compare with")
+    sub.add_argument("--against", type=Path, help="the FP8 or BF16 checkpoint that it was made from, to compare with")
     sub.add_argument("--out", type=Path, help="write the record as JSON to this file")
+
+    sub = command(
+        "convert",
+        _convert,
+        "Write a W4AFP8 checkpoint again in another format, with the same weights.",
+        "convert OUT OUT-CT --to compressed-tensors",
+    )
+    sub.add_argument("checkpoint", type=Path, help="W4AFP8 checkpoint directory")
+    sub.add_argument("out", type=Path, help="new directory")
+    sub.add_argument("--to", choices=["compressed-tensors"], required=True, help="the format to write")
 
     sub = command(
         "serve",
@@ -271,23 +281,39 @@ def _quantize(arguments: argparse.Namespace) -> int:
     print(f"calibration  {summary.sentence(calibration)}")
     print(f"quantized    {summary.sentence(quantized)}, in {quantized.path}\n")
     show(calibration_table(calibration))
-    print(f"\nnext: lightship verify {arguments.out} --source {arguments.source}")
+    print(f"\nnext: lightship verify {arguments.out} --against {arguments.source}")
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from lightship import summary
     from lightship.errors import LightshipError
     from lightship.files import write_json
     from lightship.quant.verify import verify
-    from lightship.tables import show, verification_table
+    from lightship.tables import error_table, show, verification_table
 
     if not arguments.checkpoint.is_dir():
         raise LightshipError(f"{arguments.checkpoint} is not a directory; give that of a W4AFP8 checkpoint")
-    verification = verify(arguments.checkpoint, arguments.source)
+    verification = verify(arguments.checkpoint, arguments.against)
     show(verification_table(verification))
+    if verification.layers:
+        print()
+        show(error_table(verification))
+    failed = [check.name for check in verification.checks if not check.passed]
+    print(f"\nnot servable as it is: {', '.join(failed)}" if failed else f"\n{summary.sentence(verification)}")
     if arguments.out:
         write_json(arguments.out, verification)
     return 0 if verification.passed else 1
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from lightship.progress import tracked
+    from lightship.quant.compressed_tensors import convert
+    from lightship.summary import size
+
+    written = convert(arguments.checkpoint, arguments.out.absolute(), tracked)
+    print(f"converted    {size(written)} as {arguments.to}, in {arguments.out}")
+    return 0
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import msgspec
 from lightship.checkpoint import MANIFEST
 from lightship.errors import CheckpointError
 from lightship.files import digest_of_file, read_json, write_json
+from lightship.progress import tracked
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -35,7 +36,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def describe_files(path: Path) -> dict[str, FileEntry]:
     """Every file of the directory, by name."""
     files = sorted(p for p in path.iterdir() if p.is_file() and p.name != MANIFEST)
-    return {p.name: FileEntry(p.stat().st_size, digest_of_file(p)) for p in files}
+    return {p.name: FileEntry(p.stat().st_size, digest_of_file(p)) for p in tracked(files, "checksums")}
 
 
 def write_manifest(path: Path, manifest: Manifest) -> str:

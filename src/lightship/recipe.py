@@ -61,7 +61,7 @@ class RoundingSettings(Section, frozen=True, kw_only=True):
     """Let a group's scale be negative, so that its largest weight can use the -8 end of int4."""
     damping: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.01
     """GPTQ adds this fraction of the Hessian's mean diagonal to its diagonal."""
-    sweeps: Annotated[int, msgspec.Meta(ge=0, le=16)] = 0
+    sweeps: Annotated[int, msgspec.Meta(ge=0, le=16)] = 2
     """After GPTQ, go over all columns this many times and round each anew, given all the others."""
 
 
@@ -97,8 +97,8 @@ class CalibrationText(Section, frozen=True, kw_only=True):
     """Tokens of a source of weight 1."""
     sequence_tokens: Positive = 512
     replay: Literal["quantized", "original"] = "quantized"
-    """The weights with which a block's outputs are computed for the next: as the result will be served, or the source's,
-    which makes the layers independent of one another."""
+    """The weights that compute what the next block sees: those of the result, or the source's, which makes the layers
+    independent of one another."""
 
     def __post_init__(self) -> None:
         _check_shares(self)
@@ -110,7 +110,7 @@ class Cluster(Section, frozen=True, kw_only=True):
     workers: Positive | None = None
     """Start this many worker processes on this machine."""
     scheduler: str | None = None
-    """Use the cluster of this Dask scheduler, `tcp://host:8786`; its workers see source and result by the same paths."""
+    """Address of a Dask scheduler, `tcp://host:8786`, whose workers see source and result by the same paths."""
 
     def __post_init__(self) -> None:
         if (self.workers is None) == (self.scheduler is None):

@@ -23,6 +23,11 @@ class PlannedTensor(Record, frozen=True, kw_only=True):
 
     name: str
     action: Action
+    converted: bool
+    """The source holds this linear in 16 or 32 bits, and we make its FP8 blocks; other `fp8` tensors stay as they
+    are."""
+    part: str
+    """Of the model: routed experts, attention, …; see `lightship.weights.Part`."""
     dtype: str
     shape: list[int]
     bytes_before: int
@@ -163,12 +168,24 @@ class Check(Record, frozen=True, kw_only=True):
     name: str
     passed: bool
     detail: str
+    warned: bool = False
+    """Something was found that is served, but that a person should know of; it fails nothing."""
+    findings: list[str] = []
+    """The first hundred faults and warnings, faults first."""
+    found: int = 0
+    """How many there are."""
+
+    @property
+    def outcome(self) -> Literal["pass", "warn", "fail"]:
+        return ("warn" if self.warned else "pass") if self.passed else "fail"
 
 
 class Verification(Record, frozen=True, kw_only=True):
     """Whether a checkpoint is what SGLang's loader needs it to be."""
 
     path: str
+    source: str | None = None
+    """What it was compared with."""
     checks: list[Check]
     layers: list[LayerError]
 

@@ -30,8 +30,8 @@ class TensorInfo:
     """Of its first byte from the beginning of the file."""
 
 
-def torch_dtype(info: TensorInfo) -> "torch.dtype":
-    """torch's name of the tensor's dtype.
+def torch_dtype(name: str) -> "torch.dtype":
+    """torch's dtype of a safetensors name (F8_E4M3, BF16, …).
 
     Raises:
         CheckpointError: it is not one that checkpoints of weights hold.
@@ -52,11 +52,9 @@ def torch_dtype(info: TensorInfo) -> "torch.dtype":
         "U8": torch.uint8,
         "BOOL": torch.bool,
     }
-    if info.dtype not in dtypes:
-        raise CheckpointError(
-            f"{info.shard}: the tensor {info.name} has dtype {info.dtype}; lightship reads {', '.join(dtypes)}"
-        )
-    return dtypes[info.dtype]
+    if name not in dtypes:
+        raise CheckpointError(f"the dtype {name} is not one of {', '.join(dtypes)}, which lightship reads")
+    return dtypes[name]
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

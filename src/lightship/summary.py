@@ -108,7 +108,9 @@ def _(verification: Verification) -> str:
     failed = [check for check in verification.checks if not check.passed]
     if failed:
         return "; ".join(f"{check.name}: {check.detail}" for check in failed)
-    return f"{len(verification.checks)} checks passed; {verification.checks[-1].detail}"
+    warned = sum(check.warned for check in verification.checks)
+    compared = f"; {verification.checks[-1].detail}" if verification.layers else ""
+    return f"{len(verification.checks)} checks passed{f', {warned} with a warning' if warned else ''}{compared}"
 
 
 @metrics.register

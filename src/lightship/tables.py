@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightship import summary
@@ -34,6 +35,9 @@ ACTIONS = {
 }
 SHOWN = 6
 """Starved experts that a row names."""
+OUTCOMES = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[bold red]FAIL[/]"}
+FINDINGS = 5
+"""Findings of a check that the table shows; the JSON record has more."""
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
@@ -111,11 +115,23 @@ def _mean_error(errors: Iterable[float | None]) -> str:
 
 
 def verification_table(verification: Verification) -> Table:
-    """Each check and what it found."""
+    """Each check and what it found, a finding a line."""
     table = _table("check", "", "found")
     for check in verification.checks:
-        mark = "[green]pass[/]" if check.passed else "[red]FAIL[/]"
-        table.add_row(check.name, mark, check.detail)
+        named = check.findings[:FINDINGS]
+        more = [f"… and {check.found - len(named):,} more"] if check.found > len(named) else []
+        found = "\n".join([*named, *more]) or check.detail
+        table.add_row(check.name, OUTCOMES[check.outcome], escape(found))
+    return table
+
+
+def error_table(verification: Verification) -> Table:
+    """Each layer's error against the source; the largest of each column stands out."""
+    table = _table("error against the source", "w1, w3", "w2")
+    worst = [max(e.w13 for e in verification.layers), max(e.w2 for e in verification.layers)]
+    for layer in verification.layers:
+        marks = ["bold" if error == most else "none" for error, most in zip((layer.w13, layer.w2), worst, strict=True)]
+        table.add_row(layer.layer_name, f"[{marks[0]}]{layer.w13:.5f}[/]", f"[{marks[1]}]{layer.w2:.5f}[/]")
     return table
 
 

@@ -97,9 +97,7 @@ def test_an_expert_that_saw_no_token_is_recorded(fp8: Path, tmp_path: Path, meth
         assert {calibration.layers[0].experts[e].how for e in idle} == {"mse, no tokens"}
 
 
-def test_starved_experts_are_topped_up_and_named(
-    fp8: Path, text: CalibrationText, quantize_to: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_starved_experts_are_topped_up_and_named(quantize_to: Callable[..., Path], tmp_path: Path) -> None:
     out = quantize_to(tmp_path / "out", method="gptq", token_floor=1000)
     calibration = read_json(out / CALIBRATION, Calibration)
     (layer,) = calibration.layers
