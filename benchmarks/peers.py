@@ -125,7 +125,7 @@ def check_format(name: str, w_OI: torch.Tensor, scale_OG: torch.Tensor) -> None:
 def demo_layer() -> Case:
     """The embedded model's last layer, and what it sees of the recipe's calibration and held-out text."""
     from lightship.causal_lm import load_causal_lm, load_tokenizer
-    from lightship.text import read_sequences
+    from lightship.text import read_scenes
 
     recipe = load_recipe(ROOT / "recipes" / "demo.toml")
     tokenizer, model = load_tokenizer(SOURCE), load_causal_lm(SOURCE)
@@ -134,8 +134,7 @@ def demo_layer() -> Case:
 
     def tokens(text: Any) -> Tokens:
         seen.clear()
-        for source in text.sources:
-            sequences = read_sequences(source, tokenizer, text.tokens_per_scene, text.sequence_tokens)
+        for sequences in read_scenes(text, tokenizer).values():
             for batch in torch.stack(sequences).split(8):
                 model(batch, use_cache=False, logits_to_keep=1)
         return Tokens(*(torch.cat(parts).clone() for parts in zip(*seen, strict=True)))
@@ -174,13 +173,8 @@ def random_layer(experts: int = 8, hidden: int = 2048, intermediate: int = 512, 
 
     w13_E2IH = torch.stack([weight(2 * intermediate, hidden) for _ in range(experts)])
     w2_EHI = torch.stack([weight(hidden, intermediate) for _ in range(experts)])
-    return Case(
-        f"{experts} random experts of {hidden} x {intermediate}",
-        w13_E2IH,
-        w2_EHI,
-        tokens(4096 * experts // top),
-        tokens(4096),
-    )
+    name = f"{experts} random experts of {hidden} x {intermediate}"
+    return Case(name, w13_E2IH, w2_EHI, tokens(4096 * experts // top), tokens(4096))
 
 
 def main() -> None:
@@ -274,21 +268,22 @@ def markdown(result: dict[str, Any]) -> str:
             for tool, versions in result["versions"].items()
         )
         + "\nOne MoE layer; the same FP8 weights, expanded to float32, and the same calibration tokens for all. Every\n"
-        "result is checked to be int4 in groups of 128. Output error is the relative squared error of the layer's output\n"
-        "against the FP8 layer's, on held-out tokens, with float32 activations. Time is calibration and rounding, the\n"
-        "best run of those given; memory is the peak above what was resident with the layer and the tokens loaded. The\n"
-        "peers keep float32 scales here; lightship's are bf16, as SGLang reads them.\n"
+        "result is checked to be int4 in groups of 128. Output error is the relative squared error of the layer's\n"
+        "output against the FP8 layer's, on held-out tokens, with float32 activations. Time is calibration and\n"
+        "rounding, the best run of those given; memory is the peak above what was resident with the layer and its\n"
+        "tokens loaded, the largest of the runs. The peers keep float32 scales here; lightship's are bf16, as SGLang\n"
+        "reads them. Neither times nor memory say anything about a GPU.\n"
     ]
     for layer in result["layers"]:
-        tokens = layer["calibration_tokens_of_experts"]
+        tokens, title = layer["calibration_tokens_of_experts"], layer["layer"]
         lines = [["tool", "method", "output error", "time, s", "processor, s", "peak memory, MB", "runs"], ["---"] * 7]
         for r in layer["tools"]:
             times = [f"{r['seconds']:.2f}", f"{r['cpu_seconds']:.2f}", f"{r['peak_bytes'] / 1e6:.0f}", str(r["runs"])]
             lines.append([r["tool"], r["method"], f"{r['output_error']:.3%}", *times])
         parts.append(
-            f"## {layer['layer'][0].upper()}{layer['layer'][1:]}\n\n{layer['experts']} experts, hidden size "
-            f"{layer['hidden_size']}, intermediate size {layer['moe_intermediate_size']}; {min(tokens)} to {max(tokens)} "
-            f"calibration tokens an expert, {layer['heldout_tokens']} held-out tokens.\n\n"
+            f"## {title[0].upper()}{title[1:]}\n\n{layer['experts']} experts, hidden size {layer['hidden_size']}, "
+            f"intermediate size {layer['moe_intermediate_size']}; {min(tokens)} to {max(tokens)} calibration tokens an "
+            f"expert, {layer['heldout_tokens']} held-out tokens.\n\n"
             + "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
             + "\n"
         )

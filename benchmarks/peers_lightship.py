@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import torch
 from peers_worker import Batch, Expert, Layer, Rounded, run
-from torch.nn import functional as F
 
+from lightship.experts import gated
 from lightship.quant.rounding import Int4Weight, Rounding, rounding_for
 from lightship.recipe import RoundingSettings
 from lightship.w4afp8 import dequantize_int4, pack_int4
@@ -16,7 +16,7 @@ from lightship.w4afp8 import dequantize_int4, pack_int4
 METHODS = {
     "absmax": RoundingSettings(method="absmax"),
     "mse": RoundingSettings(method="mse"),
-    "gptq": RoundingSettings(method="gptq"),
+    "gptq": RoundingSettings(method="gptq", sweeps=0),
     "gptq-sweeps": RoundingSettings(method="gptq", sweeps=2),
 }
 
@@ -50,8 +50,7 @@ def _round_expert(
     w13_2IH = dequantize_int4(packed13, w13.scale_OG)
 
     def intermediate(x_tH: torch.Tensor) -> torch.Tensor:
-        gate_tI, up_tI = (x_tH @ w13_2IH.T).chunk(2, dim=1)
-        return F.silu(gate_tI).mul_(up_tI)
+        return gated(x_tH @ w13_2IH.T)
 
     w2 = rounding(expert.down.weight.data, _hessian(intermediate(x_TH[t]) for x_TH, t in seen))
     (gate, up), (gate_scale, up_scale) = packed13.chunk(2), w13.scale_OG.chunk(2)
