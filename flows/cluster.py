@@ -92,8 +92,8 @@ def _round_layer(job: LayerJob, scheduler: str) -> None:
             round_layer.with_options(task_runner=DaskTaskRunner(address=scheduler))(job)
         except KilledWorker as error:
             raise LightshipError(
-                f"experts of {job.layer_name} have ended one worker after another, perhaps for want of memory: {error}; "
-                "what is finished stays; see the workers' logs and run the same command again"
+                f"experts of {job.layer_name} have ended worker after worker, for want of memory perhaps: {error}; "
+                "see the workers' logs and run the same command again, which goes on from the last finished expert"
             ) from error
 
 
@@ -107,12 +107,14 @@ def _workers(cluster: Cluster) -> Iterator[str]:
         raise LightshipError(
             "the recipe asks for a cluster, which needs prefect-dask: pip install 'lightship[cluster]'"
         ) from None
+    # Dask sets this level when it is imported, and Prefect shows what propagates.
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
     if cluster.workers:
         with LocalCluster(
             n_workers=cluster.workers,
             threads_per_worker=1,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
             memory_limit=None,
             env=WORKER_ENVIRONMENT,
