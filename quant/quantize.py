@@ -12,11 +12,12 @@ until then it is OUT.partial, and the same command goes on from the last finishe
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 import torch
@@ -56,20 +57,25 @@ Progress = Callable[[Iterable[str], str], Iterable[str]]
 class LayerJob:
     """What another process needs to round experts of a layer; `quant.worker` does it."""
 
+    run: str
+    """Names the call of `quantize`; what a worker has opened it keeps as long as this is the same."""
     source: Path
     work: Path
     layer_name: str
     number: int
     tokens: int
     settings: Quantization
+    device: str
+    """Its type, `cpu` or `cuda`: which one is the worker's own matter."""
     dtype: str
+    threads: int
+    """Of torch. Sums are added in an order that depends on it, so all processes of a run have the same number."""
     shard_bytes: int
     experts: list[int]
 
 
-Cluster = Callable[[Sequence[LayerJob]], None]
-"""Has all jobs done by other processes that see the same directories; returns when they are."""
-EXPERTS_A_JOB = 4
+Cluster = Callable[[LayerJob], None]
+"""Has the job's experts rounded by other processes that see the same directories; returns when they are."""
 
 
 def quantize(
@@ -166,6 +172,7 @@ class _Run:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.shard_bytes = shard_bytes
         self.cluster = cluster
+        self.run = uuid4().hex
         self.journal = Journal(work)
         self.shards = Shards(work / RESULT, list(planned_outputs(plan)), shard_bytes)
         if self.journal.done and (missing := self.shards.missing()):
@@ -276,7 +283,10 @@ class _Run:
         experts = LayerExperts(name, number, self.reader, self.shards, self.journal, self.settings, inputs, self.device)
         w13_input = experts.w13_input()
         if self.cluster and experts.left:
-            self._round_elsewhere(name, number, inputs, experts.left)
+            left = experts.left
+            self._round_elsewhere(name, number, inputs, left)
+            for _ in left:
+                tick()
         replayed = experts.replay(writer, self.replay_quantized, tick)
         for rows in _chunks(len(leaving_TH)):
             leaving_TH[rows] += replayed.routed_TH[rows].to(leaving_TH.dtype)
@@ -297,21 +307,22 @@ class _Run:
         self.stash.save("moe", inputs.x_TH)
         routing = {"experts": inputs.experts_TK, "weights": inputs.weights_TK}
         save_file(routing, self.work / STASH / ROUTING)
-        jobs = [
+        self.cluster(
             LayerJob(
-                source=self.checkpoint.path,
-                work=self.work,
+                run=self.run,
+                source=self.checkpoint.path.absolute(),
+                work=self.work.absolute(),
                 layer_name=name,
                 number=number,
                 tokens=len(inputs.x_TH),
                 settings=self.settings,
+                device=self.device.type,
                 dtype=str(self.dtype).removeprefix("torch."),
+                threads=torch.get_num_threads(),
                 shard_bytes=self.shard_bytes,
-                experts=left[first : first + EXPERTS_A_JOB],
+                experts=left,
             )
-            for first in range(0, len(left), EXPERTS_A_JOB)
-        ]
-        self.cluster(jobs)
+        )
         self.journal.read()
 
     def _batches(self, ids_BS: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -402,6 +413,13 @@ def _fingerprint(
         **{f"recipe calibration.{k}": msgspec.json.encode(v).decode() for k, v in calibration.items()},
         "calibration text": text_digest,
         "shard size": str(shard_bytes),
+        **fingerprint_of_process(device),
+    }
+
+
+def fingerprint_of_process(device: torch.device) -> dict[str, str]:
+    """What of a process decides the result's bytes; all that work on a result have the same."""
+    return {
         "device": device.type,
         "lightship's code": digest_of_code(("lightship", "lightship.quant")),
         "torch": version("torch"),

@@ -48,8 +48,8 @@ def main() -> NoReturn:
 
     def interrupt(number: int, _: object) -> None:
         interrupted.append(number)
-        if arguments.command == "release":
-            # Its records make it safe to stop anywhere, and Prefect would wait minutes for a server that is gone.
+        if arguments.command in ("quantize", "release"):
+            # What is on the disk makes them safe to stop anywhere, and Prefect would wait minutes for a lost server.
             _leave(number)
         raise KeyboardInterrupt
 
@@ -271,6 +271,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _quantize(arguments: argparse.Namespace) -> int:
     from lightship import summary
     from lightship.checkpoint import Checkpoint
+    from lightship.errors import LightshipError
     from lightship.files import read_json
     from lightship.progress import tracked
     from lightship.quant.plan import plan_quantization
@@ -283,12 +284,16 @@ def _quantize(arguments: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(arguments.source)
     plan = plan_quantization(checkpoint)
     print(f"plan         {summary.sentence(plan)}", flush=True)
+    memory = arguments.stash_memory and int(arguments.stash_memory * 1e9)
     if recipe.cluster:
-        from lightship.flows.cluster import quantize_on_cluster
-
-        quantized = quantize_on_cluster(checkpoint, plan, recipe, out, arguments.device)
+        try:
+            from lightship.flows.cluster import quantize as quantize_on_cluster
+        except ImportError:
+            raise LightshipError(
+                "the recipe asks for a cluster, which needs prefect-dask: pip install 'lightship[cluster]'"
+            ) from None
+        quantized = quantize_on_cluster(checkpoint, plan, recipe, out, arguments.device, memory)
     else:
-        memory = arguments.stash_memory and int(arguments.stash_memory * 1e9)
         quantized = quantize(
             checkpoint,
             plan,
