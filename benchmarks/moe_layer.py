@@ -27,7 +27,6 @@ from lightship.quant.quantize import CALIBRATION, quantize
 from lightship.recipe import CalibrationText, Quantization, TextSource
 from lightship.records import Calibration
 from lightship.w4afp8 import quantize_fp8_blocks
-from tests.tiny import write_byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "python -m benchmarks.moe_layer DIR"
@@ -38,7 +37,7 @@ SEQUENCES, SEQUENCE_TOKENS = 256, 512
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
-    "vocab_size": 258,
+    "vocab_size": 129280,
     "hidden_size": 7168,
     "intermediate_size": 18432,
     "moe_intermediate_size": 2048,
@@ -212,16 +211,27 @@ def write_source(path: Path) -> None:
     shards.sync()
     shards.write_index()
     (path / "config.json").write_text(json.dumps(CONFIG))
-    write_byte_tokenizer(path)
+    write_tokenizer(path)
+
+
+def write_tokenizer(path: Path) -> None:
+    """A word is a token: `w0`, `w1`, …"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{n}": n for n in range(CONFIG["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w0", eos_token="w1").save_pretrained(path)
 
 
 def write_text(folder: Path) -> CalibrationText:
-    """Random letters: what the tokens are does not matter to the time."""
-    letters = torch.randint(97, 123, (SEQUENCES * SEQUENCE_TOKENS + 1,), generator=torch.Generator().manual_seed(1))
+    """Random words, so that the random router spreads them over the experts."""
+    words = torch.randint(2, CONFIG["vocab_size"], (SEQUENCES * SEQUENCE_TOKENS,), generator=torch.Generator())
     path = folder / "text.txt"
-    path.write_text(bytes(letters.tolist()).decode())
+    path.write_text(" ".join(f"w{word}" for word in words.tolist()))
     return CalibrationText(
-        sources=[TextSource(scene="letters", path=str(path))],
+        sources=[TextSource(scene="words", path=str(path))],
         tokens_per_scene=SEQUENCES * SEQUENCE_TOKENS,
         sequence_tokens=SEQUENCE_TOKENS,
     )

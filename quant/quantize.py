@@ -289,7 +289,7 @@ class _Run:
                 tick()
         replayed = experts.replay(writer, self.replay_quantized, tick)
         for rows in _chunks(len(leaving_TH)):
-            leaving_TH[rows] += replayed.routed_TH[rows].to(leaving_TH.dtype)
+            leaving_TH[rows] += replayed.routed_TH[rows].to(leaving_TH)
         writer.flush()
         record = LayerCalibration(
             layer_name=name,
