@@ -4,12 +4,14 @@ import os
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightship.checkpoint import MANIFEST
 from lightship.errors import LightshipError
 from lightship.files import digest_of_file
+from lightship.quant import quantize as module
 from lightship.quant.quantize import RESULT, work_directory
 from lightship.recipe import CalibrationText, Quantization
 from tests.conftest import quantize_checkpoint
@@ -96,4 +98,24 @@ def test_a_disk_that_fills_in_the_middle(
     assert not (large / "out").exists()
     filling[0].unlink()
     quantize_checkpoint(fp8, large / "out", text, MSE)
+    assert digest_of_file(large / "out" / MANIFEST) == digest_of_file(w4afp8 / MANIFEST)
+
+
+def test_a_disk_that_fills_when_the_directory_is_finished(
+    disk: Disk, fp8: Path, w4afp8: Path, text: CalibrationText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = disk(16_000_000)
+    filling: list[Path] = []
+
+    def finish_on_a_full_disk(*args: Any) -> str:
+        filling.append(fill(large, 0))
+        return finish(*args)
+
+    finish = module._finish
+    monkeypatch.setattr(module, "_finish", finish_on_a_full_disk)
+    with pytest.raises(LightshipError, match="is full; free some space and run the same command again"):
+        quantize_checkpoint(fp8, large / "out", text, MSE)
+    monkeypatch.undo()
+    filling[0].unlink()
+    assert quantize_checkpoint(fp8, large / "out", text, MSE).experts_resumed == 8
     assert digest_of_file(large / "out" / MANIFEST) == digest_of_file(w4afp8 / MANIFEST)
