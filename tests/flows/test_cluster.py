@@ -26,11 +26,11 @@ from lightship.recipe import load_recipe
 from tests.conftest import quantize_checkpoint, write_lines
 from tests.tiny import write_fp8_checkpoint
 
-EXPERTS = 16
+EXPERTS = 12
 RECIPE = """
 model = "tiny"
 [quantization]
-sweeps = 16
+sweeps = 8
 [calibration]
 tokens_per_scene = 1024
 sequence_tokens = 256
@@ -65,7 +65,7 @@ class Survived:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, a recipe and a checkpoint whose experts take long enough to be killed between two."""
     place = tmp_path_factory.mktemp("cluster")
-    write_fp8_checkpoint(place / "source", n_routed_experts=EXPERTS, hidden_size=512, moe_intermediate_size=1024)
+    write_fp8_checkpoint(place / "source", n_routed_experts=EXPERTS, hidden_size=256, moe_intermediate_size=512)
     write_lines(place / "prose.jsonl", [f"The ship number {i} leaves the harbour at dawn." for i in range(80)])
     (place / "recipe.toml").write_text(RECIPE)
     return place
