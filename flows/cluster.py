@@ -20,6 +20,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
+from lightship.flows import needing_cluster_packages
 from lightship.progress import tracked
 from lightship.quant import quantize as quantizer
 from lightship.quant.quantize import LayerJob
@@ -100,13 +101,9 @@ def _round_layer(job: LayerJob, scheduler: str) -> None:
 @contextlib.contextmanager
 def _workers(cluster: Cluster) -> Iterator[str]:
     """The address of a scheduler with workers; those that the recipe has us start end with this context."""
-    try:
+    with needing_cluster_packages():
         import prefect_dask  # noqa: F401
         from distributed import Client, LocalCluster
-    except ImportError:
-        raise LightshipError(
-            "the recipe asks for a cluster, which needs prefect-dask: pip install 'lightship[cluster]'"
-        ) from None
     # Dask sets this level when it is imported, and Prefect shows what propagates.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     if cluster.workers:

@@ -419,12 +419,16 @@ def _fingerprint(
 
 def fingerprint_of_process(device: torch.device) -> dict[str, str]:
     """What of a process decides the result's bytes; all that work on a result have the same."""
-    return {
+    process = {
         "device": device.type,
         "lightship's code": digest_of_code(("lightship", "lightship.quant")),
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
+    if device.type == "cpu":
+        # Sums are added in an order that depends on it.
+        process["torch's threads"] = str(torch.get_num_threads())
+    return process
 
 
 def _unit(number: int) -> str:

@@ -271,8 +271,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _quantize(arguments: argparse.Namespace) -> int:
     from lightship import summary
     from lightship.checkpoint import Checkpoint
-    from lightship.errors import LightshipError
     from lightship.files import read_json
+    from lightship.flows import needing_cluster_packages
     from lightship.progress import tracked
     from lightship.quant.plan import plan_quantization
     from lightship.quant.quantize import CALIBRATION, quantize
@@ -286,12 +286,8 @@ def _quantize(arguments: argparse.Namespace) -> int:
     print(f"plan         {summary.sentence(plan)}", flush=True)
     memory = arguments.stash_memory and int(arguments.stash_memory * 1e9)
     if recipe.cluster:
-        try:
+        with needing_cluster_packages():
             from lightship.flows.cluster import quantize as quantize_on_cluster
-        except ImportError:
-            raise LightshipError(
-                "the recipe asks for a cluster, which needs prefect-dask: pip install 'lightship[cluster]'"
-            ) from None
         quantized = quantize_on_cluster(checkpoint, plan, recipe, out, arguments.device, memory)
     else:
         quantized = quantize(

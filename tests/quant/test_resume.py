@@ -150,6 +150,7 @@ Inputs = tuple[CalibrationText, Quantization]
         (r"source model-00001-of-00002\.safetensors: was", "touched"),
         (r"source tokenizer_config\.json: was", "companion"),
         (r"lightship's code: was [0-9a-f]{12}…, is changed", "code"),
+        (r"torch's threads: was \d+, is \d+", "threads"),
     ],
 )
 def test_other_inputs_are_refused_by_name_and_nothing_is_lost(
@@ -178,6 +179,8 @@ def test_other_inputs_are_refused_by_name_and_nothing_is_lost(
             companion.write_bytes(companion_bytes + b"\n")
         case "code":
             monkeypatch.setattr(module, "digest_of_code", lambda _: "changed")
+        case "threads":
+            monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     with pytest.raises(LightshipError, match=said) as refused:
         quantize_checkpoint(broken, out, other_text, other_settings)
     assert f"remove {work_directory(out)} to begin anew" in str(refused.value)
