@@ -273,7 +273,7 @@ def markdown(result: dict[str, Any]) -> str:
         "rounding, the best run of those given; memory is the peak above what was resident with the layer and its\n"
         "tokens loaded, the largest of the runs. The peers keep float32 scales here; lightship's are bf16, as SGLang\n"
         "reads them. absmax/7 and max calibration are the same rounding but for that: weights that come from FP8\n"
-        "often lie half-way between two steps, so a scale 0.1 % off moves the output error by per cents either way.\n"
+        "often lie half-way between two steps, so that a scale 0.1 % off moves the output error by some per cent.\n"
         "lightship's absmax and MSE read no tokens; ModelOpt's calibration runs the layer on them, as users run it.\n"
         "Times and memory are a CPU's and say nothing about a GPU.\n"
     ]

@@ -1,81 +1,130 @@
 """Quantize as the recipe asks: in this process, or with the experts on a Dask cluster, through prefect-dask.
 
-A worker is a process with a device of its own, here or on another machine that sees the same directories. What it has
-finished is in the journal of the work directory; the task of a worker that is killed goes to another and does what is
-left of it.
+A worker is a process with a device of its own, here or on another machine that sees the same directories. This process
+runs the blocks and the replay; a flow a layer has the experts rounded. What a worker has finished is in the journal of
+the work directory; Dask gives the task of a worker that is killed to another, which does what is left of it.
 """
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator
+from contextvars import Context
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import wait
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
+from lightship.flows import needing_cluster_packages
 from lightship.progress import tracked
 from lightship.quant import quantize as quantizer
 from lightship.quant.quantize import LayerJob
 from lightship.recipe import Cluster, Recipe
 from lightship.records import Plan, Quantized
 
-RETRIES = 3
+EXPERTS_A_TASK = 4
+CONNECT_SECONDS = 30
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
-def quantize(source: Checkpoint, plan: Plan, recipe: Recipe, out: Path, device: str = "auto") -> Quantized:
+def quantize(
+    source: Checkpoint,
+    plan: Plan,
+    recipe: Recipe,
+    out: Path,
+    device: str = "auto",
+    stash_memory: int | None = None,
+) -> Quantized:
     """`lightship.quant.quantize` by the recipe, on its cluster if it names one.
 
     Raises:
-        LightshipError: as `lightship.quant.quantize`; or prefect-dask is not installed.
+        LightshipError: as `lightship.quant.quantize`; prefect-dask is not installed, the scheduler does not answer or
+            has no workers, or the same experts have ended one worker after another.
     """
-    if recipe.cluster is None:
-        return quantizer.quantize(source, plan, recipe.calibration, recipe.quantization, out, tracked, device=device)
-    return quantize_on_cluster(source, plan, recipe, out, device)
-
-
-def quantize_on_cluster(source: Checkpoint, plan: Plan, recipe: Recipe, out: Path, device: str = "auto") -> Quantized:
-    """`lightship.quant.quantize` with the experts on the recipe's cluster.
-
-    Raises:
-        LightshipError: as `lightship.quant.quantize`; or prefect-dask is not installed.
-    """
-    assert recipe.cluster
-    return _quantize.with_options(task_runner=_task_runner(recipe.cluster))(source, plan, recipe, out, device)
-
-
-@flow(name="quantize", validate_parameters=False)
-def _quantize(source: Checkpoint, plan: Plan, recipe: Recipe, out: Path, device: str) -> Quantized:
-    """Run the blocks here and round their experts as tasks of this flow's runner."""
-
-    def on_workers(jobs: Sequence[LayerJob]) -> None:
-        futures = [round_experts.submit(job) for job in jobs]
-        wait(futures)
-        for future in futures:
-            future.result()
-
-    return quantizer.quantize(
-        source, plan, recipe.calibration, recipe.quantization, out, tracked, device=device, cluster=on_workers
+    run = partial(
+        quantizer.quantize,
+        source,
+        plan,
+        recipe.calibration,
+        recipe.quantization,
+        out,
+        tracked,
+        device=device,
+        stash_memory=stash_memory,
     )
+    if recipe.cluster is None:
+        return run()
+    with _workers(recipe.cluster) as scheduler:
+        # A context of its own: Prefect would send the parameters of the flow and task around it to every worker.
+        return run(cluster=lambda job: Context().run(_round_layer, job, scheduler))
 
 
-@task(cache_policy=NO_CACHE, retries=RETRIES, task_run_name="{job.layer_name} {job.experts}")
+@flow(name="round layer", flow_run_name="{job.layer_name}", validate_parameters=False)
+def round_layer(job: LayerJob) -> None:
+    """Round the job's experts, a few a task."""
+    parts = [job.experts[first : first + EXPERTS_A_TASK] for first in range(0, len(job.experts), EXPERTS_A_TASK)]
+    for future in [round_experts.submit(replace(job, experts=part)) for part in parts]:
+        future.result()
+
+
+@task(cache_policy=NO_CACHE, task_run_name="{job.layer_name} {job.experts}")
 def round_experts(job: LayerJob) -> int:
+    """On a worker: round the job's experts that are left; returns how many that were."""
     from distributed import get_worker
 
-    from lightship.quant.worker import round_experts
+    from lightship.quant import worker
 
     name = get_worker().name
-    return round_experts(job, name if isinstance(name, int) else 0)
+    return worker.round_experts(job, name if isinstance(name, int) else 0)
 
 
-def _task_runner(cluster: Cluster) -> object:
+def _round_layer(job: LayerJob, scheduler: str) -> None:
+    from distributed.scheduler import KilledWorker
+    from prefect_dask import DaskTaskRunner
+
+    # Workers report to the server of this process, else each would start one of its own.
+    with temporary_settings({PREFECT_API_URL: str(get_client(sync_client=True).api_url)}):
+        try:
+            round_layer.with_options(task_runner=DaskTaskRunner(address=scheduler))(job)
+        except KilledWorker as error:
+            raise LightshipError(
+                f"experts of {job.layer_name} have ended worker after worker, for want of memory perhaps: {error}; "
+                "see the workers' logs and run the same command again, which goes on from the last finished expert"
+            ) from error
+
+
+@contextlib.contextmanager
+def _workers(cluster: Cluster) -> Iterator[str]:
+    """The address of a scheduler with workers; those that the recipe has us start end with this context."""
+    with needing_cluster_packages():
+        import prefect_dask  # noqa: F401
+        from distributed import Client, LocalCluster
+    # Dask sets this level when it is imported, and Prefect shows what propagates.
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    if cluster.workers:
+        with LocalCluster(
+            n_workers=cluster.workers,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+            memory_limit=None,
+            env=WORKER_ENVIRONMENT,
+        ) as local:
+            yield local.scheduler_address
+        return
+    assert cluster.scheduler
     try:
-        from prefect_dask import DaskTaskRunner
-    except ImportError:
+        with Client(cluster.scheduler, timeout=CONNECT_SECONDS, set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+    except (OSError, ValueError) as error:
         raise LightshipError(
-            "the recipe asks for a cluster, which needs prefect-dask: pip install 'lightship[cluster]'"
-        ) from None
-    if cluster.scheduler:
-        return DaskTaskRunner(address=cluster.scheduler)
-    return DaskTaskRunner(cluster_kwargs={"n_workers": cluster.workers, "threads_per_worker": 1, "processes": True})
+            f"the recipe's cluster.scheduler {cluster.scheduler} cannot be used: {error}; start `dask scheduler`, and "
+            f"`dask worker {cluster.scheduler}` for each device"
+        ) from error
+    yield cluster.scheduler

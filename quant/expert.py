@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from lightship.experts import gated
-from lightship.quant.rounding import Int4Weight, Rounding, output_error, relative_error, rounding_for
+from lightship.quant.rounding import Int4Weight, output_error, relative_error, rounding_for, tensor_cores
 from lightship.recipe import Quantization, RoundingSettings
 from lightship.records import ExpertRounding
 from lightship.w4afp8 import dequantize_int4, pack_int4, round_through_fp8, token_scales
@@ -102,8 +102,7 @@ class ExpertRounder:
             hessian_HH = _hessian(x_tH, importance_t1)
             if topped_up:
                 hessian_HH += (floor - tokens) * self._prior_hessian()
-        w13, w13_how = self._round(weights.w13_2IH, hessian_HH)
-        w13_output_error = None if hessian_HH is None else output_error(weights.w13_2IH, w13, hessian_HH)
+        w13, w13_how, w13_output_error = self._round(weights.w13_2IH, hessian_HH)
         del hessian_HH
         if informed:
             replayed = ExpertWeights(_restored(w13, x_tH.dtype), weights.w2_HI)
@@ -111,7 +110,7 @@ class ExpertRounder:
             if topped_up:
                 prior_tI = intermediate(replayed, self._prior_TH, round_tokens_through_fp8)
                 hessian_II += (floor - tokens) / len(prior_tI) * _hessian(prior_tI, None)
-        w2, w2_how = self._round(weights.w2_HI, hessian_II)
+        w2, w2_how, w2_output_error = self._round(weights.w2_HI, hessian_II)
         if self.needs_tokens and not tokens:
             how = "mse, no tokens"
         else:
@@ -124,22 +123,23 @@ class ExpertRounder:
             w13_error=relative_error(weights.w13_2IH, w13),
             w2_error=relative_error(weights.w2_HI, w2),
             w13_output_error=w13_output_error,
-            w2_output_error=None if hessian_II is None else output_error(weights.w2_HI, w2, hessian_II),
+            w2_output_error=w2_output_error,
         )
 
-    def _round(self, w_OI: torch.Tensor, hessian_II: torch.Tensor | None) -> tuple[Int4Weight, str]:
-        best = _method(self._base)(w_OI, hessian_II)
-        how = self._base.method
+    def _round(self, w_OI: torch.Tensor, hessian_II: torch.Tensor | None) -> tuple[Int4Weight, str, float | None]:
+        """The rounded weight, the method, and the error of its outputs if there is a Hessian to tell."""
+        best = rounding_for(self._base)(w_OI, hessian_II)
+        how: str = self._base.method
         if hessian_II is None:
-            return best, how
+            return best, how, None
         error = output_error(w_OI, best, hessian_II)
         for number, rule in enumerate(self._stronger):
             assert rule.output_error_above is not None
             if error > rule.output_error_above:
-                other = _method(rule)(w_OI, hessian_II)
+                other = rounding_for(rule)(w_OI, hessian_II)
                 if (other_error := output_error(w_OI, other, hessian_II)) < error:
                     best, error, how = other, other_error, f"{rule.method} by rule {number + 1}"
-        return best, how
+        return best, how, error
 
     def _prior_hessian(self) -> torch.Tensor:
         """The average token's outer product [H, H]."""
@@ -153,35 +153,20 @@ def packed(rounded: Int4Weight) -> tuple[torch.Tensor, torch.Tensor]:
     return pack_int4(rounded.q_OI).cpu(), rounded.scale_OG.cpu()
 
 
-def _method(settings: RoundingSettings) -> Rounding:
-    return rounding_for(settings)
-
-
 def _restored(rounded: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_int4(pack_int4(rounded.q_OI), rounded.scale_OG, dtype)
 
 
 def _hessian(x_tI: torch.Tensor, importance_t1: torch.Tensor | None) -> torch.Tensor:
-    """Sum of x xᵀ over the tokens, float32 [in, in]; each token times its importance."""
+    """Sum of x xᵀ over the tokens, float32 [in, in]; each token times its importance.
+
+    On a GPU the inputs are bf16, which fits TF32's mantissa: tensor cores multiply them exactly and add in float32.
+    """
     total_II = torch.zeros(x_tI.shape[1], x_tI.shape[1], device=x_tI.device)
     chunks = x_tI.split(CHUNK)
     weights = importance_t1.split(CHUNK) if importance_t1 is not None else [None] * len(chunks)
     for chunk_tI, weight_t1 in zip(chunks, weights, strict=True):
-        inputs_tI = chunk_tI if weight_t1 is None else (chunk_tI * weight_t1).to(chunk_tI.dtype)
-        with _exact_products(inputs_tI):
-            total_II.addmm_(inputs_tI.T.float(), inputs_tI.float())
+        inputs_tI = (chunk_tI if weight_t1 is None else (chunk_tI * weight_t1).to(chunk_tI.dtype)).float()
+        with tensor_cores(chunk_tI.dtype == torch.bfloat16):
+            total_II.addmm_(inputs_tI.T, inputs_tI)
     return total_II
-
-
-class _exact_products:  # noqa: N801  (used as a statement)
-    """bf16 inputs fit TF32's mantissa, so that tensor cores multiply them exactly and add in float32."""
-
-    def __init__(self, inputs: torch.Tensor) -> None:
-        self._allow = inputs.is_cuda and inputs.dtype == torch.bfloat16
-
-    def __enter__(self) -> None:
-        self._before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = self._allow
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = self._before

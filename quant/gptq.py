@@ -31,17 +31,12 @@ def round_gptq(
     damping: float = 0.01,
     sweeps: int = 0,
 ) -> Int4Weight:
-    """Round w_OI float32 [out, in] against hessian_II float32 [in, in]; without a Hessian, as `round_mse`.
-
-    Raises:
-        torch.linalg.LinAlgError: the damped Hessian is not positive definite.
-    """
+    """Round w_OI float32 [out, in] against hessian_II float32 [in, in]; without a Hessian, as `round_mse`."""
     if hessian_II is None:
         return round_mse(w_OI, signed=signed)
     order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
     place_I = order_I.argsort()
-    damped_II = damp(hessian_II.index_select(0, order_I).index_select(1, order_I), damping)
-    upper_II = inverse_cholesky(damped_II)
+    damped_II, upper_II = factor(hessian_II.index_select(0, order_I).index_select(1, order_I), damping)
     weight_I = 1 / upper_II.square().sum(dim=0)
     scale_OG = best_scales(w_OI, signed=signed, weight_I=weight_I[place_I])
     group_I = order_I // GROUP
@@ -50,6 +45,21 @@ def round_gptq(
     if sweeps:
         q_OI = descend(w_OI, q_OI, scale_OG, group_I, damped_II.float(), sweeps)
     return Int4Weight(q_OI[:, place_I], scale_OG)
+
+
+def factor(hessian_II: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The damped Hessian, float64, and U of `inverse_cholesky`.
+
+    A sum in float32 over inputs that all point one way can have eigenvalues below zero by more than the damping; it is
+    damped ten times as much then, until it has none.
+    """
+    while True:
+        damped_II = damp(hessian_II, damping)
+        try:
+            return damped_II, inverse_cholesky(damped_II)
+        except torch.linalg.LinAlgError:
+            assert damping < 1000
+            damping *= 10
 
 
 def damp(hessian_II: torch.Tensor, damping: float) -> torch.Tensor:

@@ -17,6 +17,7 @@ from lightship.checkpoint import TensorReader
 from lightship.errors import CheckpointError
 from lightship.quant.blocks import MoEInputs
 from lightship.quant.expert import (
+    CHUNK,
     PRIOR_TOKENS,
     ExpertRounder,
     ExpertWeights,
@@ -36,6 +37,7 @@ from lightship.recipe import Quantization
 from lightship.records import ExpertRounding, InputScale
 from lightship.w4afp8 import dequantize_fp8_blocks, round_groups_through_fp8, unpack_int4
 
+ROOM = 0.3
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 SGLANG_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
@@ -70,7 +72,7 @@ class LayerExperts:
         self._shards = shards
         self._journal = journal
         self._device = device
-        self._inputs = inputs
+        self._inputs = inputs = _resident(inputs, device)
         self._count = source.checkpoint.dimensions.n_routed_experts
         every = max(1, len(inputs.x_TH) // PRIOR_TOKENS)
         prior_TH = inputs.x_TH[::every][:PRIOR_TOKENS].to(device)
@@ -103,7 +105,7 @@ class LayerExperts:
     def round(self, experts: Sequence[int], writer: Writer, on_done: Callable[[], object]) -> None:
         """Round these experts and hand them to the writer."""
         for expert, raw in read_ahead(self._read_source, experts):
-            self._round(expert, self._weights(expert, raw), writer)
+            self._round(expert, self._weights(expert, raw), *self._tokens_of(expert)[1:], writer)
             on_done()
 
     def replay(self, writer: Writer, quantized: bool, on_done: Callable[[], object]) -> Replayed:
@@ -121,16 +123,16 @@ class LayerExperts:
         read = partial(self._read, left=left, source_too=not quantized)
         for expert, (raw, result) in read_ahead(read, range(self._count)):
             weights = self._weights(expert, raw) if raw else None
+            tokens_t, x_tH, router_weights_t = self._tokens_of(expert)
             if expert in left:
                 assert weights
-                rounded = self._round(expert, weights, writer)
+                rounded = self._round(expert, weights, x_tH, router_weights_t, writer)
                 on_done()
             else:
                 rounded = self._rounded(result)
             dtype = self._inputs.x_TH.dtype
             used = rounded.weights(dtype) if quantized else weights
             assert used
-            tokens_t, x_tH, router_weights_t = self._of(expert)
             h_tI = intermediate(used, x_tH, round_activations)
             seen.add(h_tI)
             y_tH = output(used, h_tI, round_activations).float() * router_weights_t.float()[:, None]
@@ -140,7 +142,7 @@ class LayerExperts:
     def w13_input(self) -> InputScale:
         """The scale of what enters w1 and w3."""
         seen = Magnitudes(self._device)
-        for chunk in self._inputs.x_TH.split(65536):
+        for chunk in self._inputs.x_TH.split(CHUNK):
             seen.add(chunk.to(self._device))
         return self._scale(seen, "w1 and w3")
 
@@ -161,15 +163,21 @@ class LayerExperts:
             )
         return choose_input_scale(seen)
 
-    def _of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _tokens_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(tokens [t], x_tH on the device, router weights [t] on the device) of an expert."""
         pairs_t = self._pairs[expert]
         tokens_t = pairs_t // self._inputs.experts_TK.shape[1]
         router_weights_t = self._inputs.weights_TK.flatten()[pairs_t]
         return tokens_t, self._inputs.x_TH[tokens_t].to(self._device), router_weights_t.to(self._device)
 
-    def _round(self, expert: int, weights: ExpertWeights, writer: Writer) -> RoundedExpert:
-        _, x_tH, router_weights_t = self._of(expert)
+    def _round(
+        self,
+        expert: int,
+        weights: ExpertWeights,
+        x_tH: torch.Tensor,
+        router_weights_t: torch.Tensor,
+        writer: Writer,
+    ) -> RoundedExpert:
         rounded, record = self._rounder.round(expert, weights, x_tH, router_weights_t)
         writer.put(self.unit(expert), self._tensors(expert, rounded), record)
         return rounded
@@ -188,9 +196,9 @@ class LayerExperts:
 
     def _read_source(self, expert: int) -> Raw:
         parts = ("weight", "weight_scale_inv") if self._fp8 else ("weight",)
-        return {
-            f"{p}.{part}": self._source.read(f"{self.unit(expert)}.{p}.{part}") for p in PROJECTIONS for part in parts
-        }
+        names = [f"{projection}.{part}" for projection in PROJECTIONS for part in parts]
+        pinned = self._device.type == "cuda"
+        return {name: self._source.read(f"{self.unit(expert)}.{name}", pinned=pinned) for name in names}
 
     def _read_result(self, expert: int) -> Raw:
         parts = ("weight", "weight_scale_inv")
@@ -204,7 +212,7 @@ class LayerExperts:
         Raises:
             CheckpointError: names the tensor that holds NaN or infinity.
         """
-        moved = {name: tensor.to(self._device) for name, tensor in raw.items()}
+        moved = {name: tensor.to(self._device, non_blocking=True) for name, tensor in raw.items()}
         for name, tensor in moved.items():
             if not tensor.float().isfinite().all():
                 self._source.read_finite(f"{self.unit(expert)}.{name}")
@@ -226,6 +234,16 @@ class LayerExperts:
             Int4Weight(unpack_int4(joined("weight", *w13)), joined("weight_scale_inv", *w13)),
             Int4Weight(unpack_int4(joined("weight", *w2)), joined("weight_scale_inv", *w2)),
         )
+
+
+def _resident(inputs: MoEInputs, device: torch.device) -> MoEInputs:
+    """The inputs on the device, if they and the experts' sums take no more than ROOM of what is free there."""
+    if device.type != "cuda":
+        return inputs
+    needed = inputs.x_TH.numel() * (inputs.x_TH.dtype.itemsize + 4)
+    if needed > ROOM * torch.cuda.mem_get_info(device)[0]:
+        return inputs
+    return MoEInputs(inputs.x_TH.to(device), inputs.experts_TK.to(device), inputs.weights_TK.to(device))
 
 
 def _unchanged(x: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,8 @@ from lightship.shards import BYTES_OF, torch_dtype
 from lightship.summary import size
 
 SHARD_BYTES = 4_000_000_000
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a full disk."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,15 @@ class Shards:
         """Bytes of all files, headers included."""
         return sum(self._sizes)
 
+    def missing(self) -> list[Path]:
+        """The files that are not there at their full size."""
+        paths = [self.directory / name for name in self.names]
+        return [
+            path
+            for path, nbytes in zip(paths, self._sizes, strict=True)
+            if not path.is_file() or path.stat().st_size != nbytes
+        ]
+
     def reserve(self) -> list[Path]:
         """Make every file that is not there yet at its full size; returns those that were made.
 
@@ -66,18 +77,19 @@ class Shards:
             LightshipError: the disk has no room for all of them; what was reserved is given back.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        made: list[Path] = []
+        made = self.missing()
         for number, (name, header, nbytes) in enumerate(zip(self.names, self._headers, self._sizes, strict=True)):
             path = self.directory / name
             try:
-                if not path.is_file() or path.stat().st_size != nbytes:
-                    made.append(path)
+                if path in made:
                     with path.open("wb") as file:
                         _allocate(file.fileno(), nbytes)
                 write_at(self._file(number), header, 0)
             except OSError as error:
-                if error.errno != errno.ENOSPC:
+                if error.errno not in FULL:
                     raise
+                # An open file keeps its space, name or no name.
+                self.close()
                 for partial in made:
                     partial.unlink(missing_ok=True)
                 free = os.statvfs(self.directory).f_bavail * os.statvfs(self.directory).f_frsize
@@ -138,7 +150,7 @@ def refusing_a_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise LightshipError(
             f"the disk of {path} is full; free some space and run the same command again: it goes on from the last "

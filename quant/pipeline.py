@@ -15,7 +15,7 @@ from lightship.records import Record
 
 K = TypeVar("K")
 V = TypeVar("V")
-READERS = 4
+READERS = 8
 WAITING = 8
 """Units that may wait to be written before the computation waits for the disk."""
 

@@ -32,7 +32,7 @@ class PlannedOutput(NamedTuple):
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: list[int]
 
     @property
     def nbytes(self) -> int:
@@ -79,12 +79,12 @@ def plan_quantization(checkpoint: Checkpoint) -> Plan:
 def planned_outputs(plan: Plan) -> Iterator[PlannedOutput]:
     """Every tensor of the result, in the plan's order; an int4 weight comes with its scales right after it."""
     for tensor in plan.tensors:
-        yield from outputs_of(tensor)
+        yield from _outputs_of(tensor)
 
 
-def outputs_of(tensor: PlannedTensor) -> list[PlannedOutput]:
+def _outputs_of(tensor: PlannedTensor) -> list[PlannedOutput]:
     """What one tensor of the source becomes: itself, or a weight with its scales; nothing of an expert's old scales."""
-    name, shape = tensor.name, tuple(tensor.shape)
+    name, shape = tensor.name, tensor.shape
     if tensor.action == "int4":
         match = EXPERT.match(name)
         assert match
@@ -92,12 +92,15 @@ def outputs_of(tensor: PlannedTensor) -> list[PlannedOutput]:
             return []
         expert, projection = name.removesuffix(f"{match['projection']}.weight"), match["projection"]
         return [
-            PlannedOutput(name, "I8", (shape[0], shape[1] // 2)),
-            PlannedOutput(name + SCALE, "BF16", (shape[0], shape[1] // GROUP)),
-            PlannedOutput(f"{expert}{INPUT_SCALES[projection]}.input_scale", "BF16", ()),
+            PlannedOutput(name, "I8", [shape[0], shape[1] // 2]),
+            PlannedOutput(name + SCALE, "BF16", [shape[0], shape[1] // GROUP]),
+            PlannedOutput(f"{expert}{INPUT_SCALES[projection]}.input_scale", "BF16", []),
         ]
     if tensor.converted:
-        return [PlannedOutput(name, "F8_E4M3", shape), PlannedOutput(name + SCALE, "F32", blocks_of(shape))]
+        return [
+            PlannedOutput(name, "F8_E4M3", shape),
+            PlannedOutput(name + SCALE, "F32", list(blocks_of(tuple(shape)))),
+        ]
     return [PlannedOutput(name, tensor.dtype, shape)]
 
 
@@ -148,7 +151,7 @@ def _plan_tensor(checkpoint: Checkpoint, taken: Census, info: TensorInfo) -> Pla
         bytes_after=info.nbytes,
     )
     if action == "int4" or planned.converted:
-        return msgspec.structs.replace(planned, bytes_after=sum(output.nbytes for output in outputs_of(planned)))
+        return msgspec.structs.replace(planned, bytes_after=sum(output.nbytes for output in _outputs_of(planned)))
     return planned
 
 

@@ -12,11 +12,12 @@ until then it is OUT.partial, and the same command goes on from the last finishe
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 import torch
@@ -31,7 +32,7 @@ from lightship.quant.blocks import BlockStream, MoEInputs
 from lightship.quant.device import choose_device, free_memory
 from lightship.quant.journal import FINGERPRINT, Journal, check_fingerprint
 from lightship.quant.layer import LayerExperts
-from lightship.quant.layout import SHARD_BYTES, Shards
+from lightship.quant.layout import SHARD_BYTES, Shards, refusing_a_full_disk
 from lightship.quant.pipeline import Tensors, Writer
 from lightship.quant.plan import planned_outputs
 from lightship.quant.stash import Stash
@@ -56,20 +57,25 @@ Progress = Callable[[Iterable[str], str], Iterable[str]]
 class LayerJob:
     """What another process needs to round experts of a layer; `quant.worker` does it."""
 
+    run: str
+    """Names the call of `quantize`; what a worker has opened it keeps as long as this is the same."""
     source: Path
     work: Path
     layer_name: str
     number: int
     tokens: int
     settings: Quantization
+    device: str
+    """Its type, `cpu` or `cuda`: which one is the worker's own matter."""
     dtype: str
+    threads: int
+    """Of torch. Sums are added in an order that depends on it, so all processes of a run have the same number."""
     shard_bytes: int
     experts: list[int]
 
 
-Cluster = Callable[[Sequence[LayerJob]], None]
-"""Has all jobs done by other processes that see the same directories; returns when they are."""
-EXPERTS_A_JOB = 4
+Cluster = Callable[[LayerJob], None]
+"""Has the job's experts rounded by other processes that see the same directories; returns when they are."""
 
 
 def quantize(
@@ -109,9 +115,9 @@ def quantize(
     scenes = read_scenes(text, tokenizer)
     text_digest = digest_of_text(text.sources)
     work = work_directory(out)
-    with locked(work, wait=False):
-        if (work / FINGERPRINT).is_file() and not (work / RESULT).is_dir():
-            # The result of this work was published, and the process ended before it could tidy up.
+    with refusing_a_full_disk(work), locked(work, wait=False):
+        if not (work / RESULT).is_dir() and ((work / FINGERPRINT).is_file() or Journal(work).done):
+            # The result of this work was published, and the process ended before it could tidy up, or while it did.
             clear_directory(work)
         check_fingerprint(work, _fingerprint(checkpoint, text, text_digest, settings, where, shard_bytes))
         run = _Run(checkpoint, plan, settings, text, scenes, work, where, stash_memory, shard_bytes, cluster)
@@ -166,13 +172,14 @@ class _Run:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.shard_bytes = shard_bytes
         self.cluster = cluster
+        self.run = uuid4().hex
         self.journal = Journal(work)
         self.shards = Shards(work / RESULT, list(planned_outputs(plan)), shard_bytes)
-        made = self.shards.reserve()
-        if made and self.journal.done:
+        if self.journal.done and (missing := self.shards.missing()):
             raise LightshipError(
-                f"{made[0]} of work that was begun has gone or changed its size; remove {work} to begin anew"
+                f"{missing[0]} of work that was begun has gone or changed its size; remove {work} to begin anew"
             )
+        self.shards.reserve()
         self.reader = checkpoint.reader()
         self.blocks = BlockStream(checkpoint, device, self.dtype)
         hidden = checkpoint.dimensions.hidden_size
@@ -276,10 +283,13 @@ class _Run:
         experts = LayerExperts(name, number, self.reader, self.shards, self.journal, self.settings, inputs, self.device)
         w13_input = experts.w13_input()
         if self.cluster and experts.left:
-            self._round_elsewhere(name, number, inputs, experts.left)
+            left = experts.left
+            self._round_elsewhere(name, number, inputs, left)
+            for _ in left:
+                tick()
         replayed = experts.replay(writer, self.replay_quantized, tick)
         for rows in _chunks(len(leaving_TH)):
-            leaving_TH[rows] += replayed.routed_TH[rows].to(leaving_TH.dtype)
+            leaving_TH[rows] += replayed.routed_TH[rows].to(leaving_TH)
         writer.flush()
         record = LayerCalibration(
             layer_name=name,
@@ -297,21 +307,22 @@ class _Run:
         self.stash.save("moe", inputs.x_TH)
         routing = {"experts": inputs.experts_TK, "weights": inputs.weights_TK}
         save_file(routing, self.work / STASH / ROUTING)
-        jobs = [
+        self.cluster(
             LayerJob(
-                source=self.checkpoint.path,
-                work=self.work,
+                run=self.run,
+                source=self.checkpoint.path.absolute(),
+                work=self.work.absolute(),
                 layer_name=name,
                 number=number,
                 tokens=len(inputs.x_TH),
                 settings=self.settings,
+                device=self.device.type,
                 dtype=str(self.dtype).removeprefix("torch."),
+                threads=torch.get_num_threads(),
                 shard_bytes=self.shard_bytes,
-                experts=left[first : first + EXPERTS_A_JOB],
+                experts=left,
             )
-            for first in range(0, len(left), EXPERTS_A_JOB)
-        ]
-        self.cluster(jobs)
+        )
         self.journal.read()
 
     def _batches(self, ids_BS: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -356,6 +367,10 @@ def quantization_config() -> dict[str, Any]:
 def _finish(checkpoint: Checkpoint, shards: Shards, calibration: Calibration, settings: Quantization, out: Path) -> str:
     """Write what belongs to a finished checkpoint, the manifest last, and give the directory its name."""
     result = shards.directory
+    for left in result.iterdir():
+        # A process that was killed here may have left a file under its temporary name.
+        if left.name not in shards.names:
+            left.unlink()
     shards.write_index()
     for companion in checkpoint.companions():
         if companion.name not in NOT_COPIED:
@@ -398,11 +413,22 @@ def _fingerprint(
         **{f"recipe calibration.{k}": msgspec.json.encode(v).decode() for k, v in calibration.items()},
         "calibration text": text_digest,
         "shard size": str(shard_bytes),
+        **fingerprint_of_process(device),
+    }
+
+
+def fingerprint_of_process(device: torch.device) -> dict[str, str]:
+    """What of a process decides the result's bytes; all that work on a result have the same."""
+    process = {
         "device": device.type,
         "lightship's code": digest_of_code(("lightship", "lightship.quant")),
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
+    if device.type == "cpu":
+        # Sums are added in an order that depends on it.
+        process["torch's threads"] = str(torch.get_num_threads())
+    return process
 
 
 def _unit(number: int) -> str:

@@ -4,7 +4,8 @@ A method works where its tensors are, on a CPU or a GPU, and leaves its result t
 (gate and up of an expert) are best stacked along the output dimension, so that one Hessian is factored once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -65,8 +66,20 @@ def relative_error(w_OI: torch.Tensor, rounded: Int4Weight) -> float:
 def output_error(w_OI: torch.Tensor, rounded: Int4Weight, hessian_II: torch.Tensor) -> float:
     """||x w' - x w||² / ||x w||² over the inputs x of which hessian_II = sum of x xᵀ; 0 if the outputs are all zero."""
     error_OI = w_OI - restore(rounded)
-    lost = ((error_OI @ hessian_II) * error_OI).sum(dtype=torch.float64)
-    return float(lost / ((w_OI @ hessian_II) * w_OI).sum(dtype=torch.float64).clamp_min(1e-30))
+    with tensor_cores(True):
+        lost = ((error_OI @ hessian_II) * error_OI).sum(dtype=torch.float64)
+        return float(lost / ((w_OI @ hessian_II) * w_OI).sum(dtype=torch.float64).clamp_min(1e-30))
+
+
+@contextmanager
+def tensor_cores(allowed: bool) -> Iterator[None]:
+    """Let a GPU's tensor cores round the inputs of float32 products to TF32, ten bits of mantissa, or not."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:

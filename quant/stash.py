@@ -12,7 +12,7 @@ import torch
 from lightship.files import PARTIAL
 from lightship.quant.layout import bytes_of, refusing_a_full_disk
 
-TENSORS = 4
+TENSORS = 5
 """Alive at once, [tokens, hidden] each: what enters a block, what leaves it, the experts' inputs and their sums."""
 
 

@@ -1,7 +1,9 @@
 """Round some experts of a layer in another process than the one that runs the blocks, perhaps on another machine.
 
 Both see the source and the work directory by the same paths. What a worker has finished is in the journal, so one that
-is killed loses the expert it was at.
+is killed loses the expert it was at. The bits are those of a run in one process: a worker of another device type, torch
+or lightship is refused, and torch gets the thread count of the process that runs the blocks, which on CPUs decides the
+order in which sums are added.
 """
 
 import os
@@ -11,14 +13,16 @@ from pathlib import Path
 import torch
 
 from lightship.checkpoint import Checkpoint
+from lightship.errors import LightshipError
+from lightship.files import read_json
 from lightship.quant.blocks import MoEInputs
-from lightship.quant.device import choose_device
-from lightship.quant.journal import Journal
+from lightship.quant.device import DEVICE, choose_device
+from lightship.quant.journal import FINGERPRINT, Journal
 from lightship.quant.layer import LayerExperts
 from lightship.quant.layout import Shards
 from lightship.quant.pipeline import Writer
 from lightship.quant.plan import plan_quantization, planned_outputs
-from lightship.quant.quantize import RESULT, ROUTING, STASH, LayerJob
+from lightship.quant.quantize import RESULT, ROUTING, STASH, LayerJob, fingerprint_of_process
 from lightship.quant.stash import Stash
 
 
@@ -26,14 +30,17 @@ def round_experts(job: LayerJob, worker: int = 0) -> int:
     """Round the job's experts that the journal does not name yet; returns how many that were.
 
     Args:
-        worker: this worker's number; with several GPUs, it takes the one of that number.
+        worker: this worker's number; with several GPUs, it takes the one of that number, unless LIGHTSHIP_DEVICE names
+            its device.
+
+    Raises:
+        LightshipError: as `lightship.quant.quantize`; or this process cannot work on that result.
     """
     from safetensors.torch import load_file
 
-    device = choose_device()
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", worker % torch.cuda.device_count())
-    checkpoint, shards = _opened(job.source, job.work, job.shard_bytes, os.getpid())
+    device = _device(job.device, worker)
+    torch.set_num_threads(job.threads)
+    checkpoint, shards = _opened(job.run, job.source, job.work, job.shard_bytes, device)
     routing = load_file(job.work / STASH / ROUTING)
     stash = Stash(job.work / STASH, job.tokens, checkpoint.dimensions.hidden_size, getattr(torch, job.dtype), memory=0)
     inputs = MoEInputs(stash.load("moe"), routing["experts"], routing["weights"])
@@ -48,10 +55,34 @@ def round_experts(job: LayerJob, worker: int = 0) -> int:
             writer.flush()
     finally:
         journal.close()
+        # Files that stay open would take what a later run of that name writes.
+        shards.close()
     return len(todo)
 
 
+def _device(kind: str, worker: int) -> torch.device:
+    if kind == "cuda" and not os.environ.get(DEVICE) and torch.cuda.is_available():
+        return torch.device("cuda", worker % torch.cuda.device_count())
+    return choose_device("auto" if os.environ.get(DEVICE) else kind)
+
+
 @lru_cache(maxsize=1)
-def _opened(source: Path, work: Path, shard_bytes: int, process: int) -> tuple[Checkpoint, Shards]:  # noqa: ARG001
+def _opened(
+    run: str,  # noqa: ARG001
+    source: Path,
+    work: Path,
+    shard_bytes: int,
+    device: torch.device,
+) -> tuple[Checkpoint, Shards]:
+    """What all jobs of a run share, after a look at whether this process may work on it."""
     checkpoint = Checkpoint.open(source)
+    here = {f"source {name}": digest for name, digest in checkpoint.fingerprint().items()}
+    here |= fingerprint_of_process(device)
+    begun = read_json(work / FINGERPRINT, dict[str, str])
+    for what, value in here.items():
+        if begun.get(what) != value:
+            raise LightshipError(
+                f"the worker {os.uname().nodename} ({os.getpid()}) has another {what} than the run: {value}, not "
+                f"{begun.get(what)}; give all workers the same"
+            )
     return checkpoint, Shards(work / RESULT, list(planned_outputs(plan_quantization(checkpoint))), shard_bytes)

@@ -78,12 +78,18 @@ def quantize_to(fp8: Path, text: CalibrationText) -> Callable[..., Path]:
 
 
 def quantize_checkpoint(
-    source: Path, out: Path, text: CalibrationText, settings: Quantization, **options: object
+    source: Path,
+    out: Path,
+    text: CalibrationText,
+    settings: Quantization,
+    *,
+    progress: Callable[[Iterable, str], Iterable] = unseen,
+    **options: object,
 ) -> Quantized:
     """Plan and quantize a checkpoint directory on the CPU."""
     checkpoint = Checkpoint.open(source)
     plan = plan_quantization(checkpoint)
-    return quantize(checkpoint, plan, text, settings, out, unseen, device="cpu", **options)
+    return quantize(checkpoint, plan, text, settings, out, progress, device="cpu", **options)
 
 
 @pytest.fixture(scope="session")

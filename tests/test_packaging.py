@@ -1,5 +1,6 @@
 """The distribution maps the top-level folders onto one name, from a checkout and from an sdist."""
 
+import ast
 import subprocess
 import sys
 import tarfile
@@ -47,3 +48,17 @@ def test_the_sdist_carries_the_licence_and_builds(built: Path) -> None:
 
 def test_no_folder_shadows_the_docker_sdk() -> None:
     assert not (ROOT / "docker" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("folder", ["src/lightship", "quant", "eval", "serving"])
+def test_only_flows_know_prefect_and_dask(folder: str) -> None:
+    modules = sorted((ROOT / folder).glob("*.py"))
+    assert modules
+    for module in modules:
+        imported = set[str]()
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").split(".")[0])
+        assert not imported & {"prefect", "prefect_dask", "dask", "distributed"}, module

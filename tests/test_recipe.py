@@ -1,6 +1,7 @@
 """A recipe is read strictly: what lightship does not know, it refuses by name."""
 
 from pathlib import Path
+from typing import Annotated, get_args, get_origin
 
 import msgspec
 import pytest
@@ -47,6 +48,9 @@ def test_every_shipped_recipe_loads(shipped: Path) -> None:
         ("[quantization]\nmethods = 'mse'\n", r"unknown field `methods` - at `\$.quantization`"),
         ("[quantization]\nmethod = 'awq'\n", r"Invalid enum value 'awq' - at `\$.quantization.method`"),
         ("[serving]\ntp = 0\n", r"`int` >= 1 - at `\$.serving.tp`"),
+        ("[cluster]\nworkers = 0\n", r"`int` >= 1 - at `\$.cluster.workers`"),
+        ("[cluster]\n", "cluster needs exactly one of workers and scheduler"),
+        ("[cluster]\nworkers = 2\nscheduler = 'tcp://a:8786'\n", "cluster needs exactly one of workers and scheduler"),
         ("[throughput]\nrequests = 4\nconcurrencies = [8]\n", "requests 4 never reach a concurrency of 8"),
     ],
 )
@@ -86,11 +90,18 @@ def test_the_documentation_names_every_key() -> None:
     def missing(section: type) -> list[str]:
         found = []
         for field in msgspec.structs.fields(section):
-            kind = field.type
-            if isinstance(kind, type) and issubclass(kind, Section):
-                found += [f"[{field.name}]"] * (f"`[{field.name}]`" not in documented) + missing(kind)
-            elif f"`{field.name}`" not in documented:
-                found.append(field.name)
+            inside = sections(field.type)
+            written = f"[{field.name}]" if inside and not is_list(field.type) else field.name
+            found += [written] * (f"`{written}`" not in documented) + [key for kind in inside for key in missing(kind)]
         return found
+
+    def sections(kind: object) -> list[type]:
+        """The sections that a field holds: itself, one or none, or a list of them."""
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return [kind]
+        return [section for part in get_args(kind) for section in sections(part)]
+
+    def is_list(kind: object) -> bool:
+        return get_origin(kind) is list or (get_origin(kind) is Annotated and is_list(get_args(kind)[0]))
 
     assert missing(Recipe) == []

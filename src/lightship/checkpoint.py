@@ -226,10 +226,11 @@ class TensorReader:
         self._lock = Lock()
         weakref.finalize(self, _close, self._files)
 
-    def read(self, name: str, *parts: slice) -> "torch.Tensor":
+    def read(self, name: str, *parts: slice, pinned: bool = False) -> "torch.Tensor":
         """The tensor, or the part that `parts` selects (one slice a dimension), on the CPU in its stored dtype.
 
-        Of a slice of the first dimension only its own bytes are read; further slices are cut afterwards.
+        Of a slice of the first dimension only its own bytes are read; further slices are cut afterwards. With `pinned`,
+        the memory is page-locked, from which a GPU copies without waiting.
 
         Raises:
             CheckpointError: there is no such tensor, its dtype is unknown, or its file ends before it does.
@@ -246,7 +247,7 @@ class TensorReader:
             shape = (max(last - first, 0), *shape[1:])
         rows = info.shape[0] if parts else 1
         stride = info.nbytes // rows if rows else 0
-        buffer = torch.empty(stride * max(last - first, 0), dtype=torch.uint8)
+        buffer = torch.empty(stride * max(last - first, 0), dtype=torch.uint8, pin_memory=pinned)
         self._fill(info, buffer.numpy().data, info.offset + first * stride)
         tensor = buffer.view(dtype).reshape(shape)
         return tensor[(slice(None), *parts[1:])].contiguous() if len(parts) > 1 else tensor

@@ -48,8 +48,8 @@ def main() -> NoReturn:
 
     def interrupt(number: int, _: object) -> None:
         interrupted.append(number)
-        if arguments.command == "release":
-            # Its records make it safe to stop anywhere, and Prefect would wait minutes for a server that is gone.
+        if arguments.command in ("quantize", "release"):
+            # What is on the disk makes them safe to stop anywhere, and Prefect would wait minutes for a lost server.
             _leave(number)
         raise KeyboardInterrupt
 
@@ -113,11 +113,18 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--out", type=Path, help="write the record as JSON to this file")
 
     sub = command(
-        "plan", _plan, "Say what becomes of every tensor and how large the result is.", "plan demo/checkpoint"
+        "plan",
+        _plan,
+        "Look before the work: what becomes of every tensor, what it takes, how long, and where the result fits.",
+        "plan demo/checkpoint --recipe recipes/demo.toml --out-dir OUT",
     )
-    sub.add_argument("source", type=Path, help="FP8 checkpoint directory")
+    sub.add_argument("source", type=Path, help="checkpoint directory, FP8 blocks or BF16")
+    sub.add_argument("--recipe", type=Path, help="rounding and calibration (default: GPTQ on 131,072 tokens)")
+    sub.add_argument("--out-dir", type=Path, help="where the result will be written: is there room, what is done")
+    sub.add_argument("--gpu-hour", type=float, default=2.50, help="price of an hour (default: %(default)s)")
+    sub.add_argument("--no-probe", action="store_true", help="measure nothing, and estimate no time")
     sub.add_argument("--tensors", action="store_true", help="list every tensor")
-    sub.add_argument("--out", type=Path, help="write the plan as JSON to this file")
+    sub.add_argument("--out", type=Path, help="write the record as JSON to this file")
 
     sub = command(
         "quantize",
@@ -230,26 +237,42 @@ def _from(least: int, most: int) -> Callable[[str], int]:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from lightship import summary
+    from lightship import tables
     from lightship.checkpoint import Checkpoint
     from lightship.files import write_json
-    from lightship.quant.plan import plan_quantization
-    from lightship.tables import plan_table, show, tensor_table
+    from lightship.quant.preflight import PROBE_SECONDS, preflight
+    from lightship.recipe import Quantization, load_recipe
 
-    plan = plan_quantization(Checkpoint.open(arguments.source))
+    recipe = load_recipe(arguments.recipe) if arguments.recipe else None
+    found = preflight(
+        Checkpoint.open(arguments.source),
+        recipe.quantization if recipe else Quantization(),
+        recipe.calibration if recipe else None,
+        arguments.out_dir,
+        gpu_hour=arguments.gpu_hour,
+        probe_seconds=0 if arguments.no_probe else PROBE_SECONDS,
+        tensors=arguments.tensors,
+    )
     if arguments.tensors:
-        show(tensor_table(plan))
-    show(plan_table(plan))
-    print(summary.sentence(plan))
+        tables.show(tables.tensor_table(found.planned))
+    for table in (tables.parts_table, tables.degrees_table, tables.fits_table, tables.needs_table):
+        tables.show(table(found))
+        print()
+    print(tables.time_sentence(found))
+    for note in found.notes:
+        print(f"note: {note}")
     if arguments.out:
-        write_json(arguments.out, plan)
-    return 0
+        write_json(arguments.out, found)
+    for problem in found.problems:
+        print(f"lightship: error: {problem}", file=sys.stderr)
+    return USER_ERROR if found.problems else 0
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
     from lightship import summary
     from lightship.checkpoint import Checkpoint
     from lightship.files import read_json
+    from lightship.flows import needing_cluster_packages
     from lightship.progress import tracked
     from lightship.quant.plan import plan_quantization
     from lightship.quant.quantize import CALIBRATION, quantize
@@ -261,12 +284,12 @@ def _quantize(arguments: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(arguments.source)
     plan = plan_quantization(checkpoint)
     print(f"plan         {summary.sentence(plan)}", flush=True)
+    memory = arguments.stash_memory and int(arguments.stash_memory * 1e9)
     if recipe.cluster:
-        from lightship.flows.cluster import quantize_on_cluster
-
-        quantized = quantize_on_cluster(checkpoint, plan, recipe, out, arguments.device)
+        with needing_cluster_packages():
+            from lightship.flows.cluster import quantize as quantize_on_cluster
+        quantized = quantize_on_cluster(checkpoint, plan, recipe, out, arguments.device, memory)
     else:
-        memory = arguments.stash_memory and int(arguments.stash_memory * 1e9)
         quantized = quantize(
             checkpoint,
             plan,

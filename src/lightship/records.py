@@ -65,6 +65,134 @@ class Plan(Record, frozen=True, kw_only=True):
         return 1 - self.experts_after / self.experts_before
 
 
+class Part(Record, frozen=True, kw_only=True):
+    """What one part of the model weighs before and after."""
+
+    part: str
+    tensors: int
+    bytes_before: int
+    bytes_after: int
+
+
+class Degree(Record, frozen=True, kw_only=True):
+    """A degree of tensor parallelism, and what stands in its way."""
+
+    tp: int
+    experts: bool
+    """Every shard of the routed experts is whole groups of 128."""
+    refused_by: list[str]
+    """Other linears that cannot be cut into whole heads or 128x128 blocks, one of each kind with the reason."""
+
+    @property
+    def possible(self) -> bool:
+        return self.experts and not self.refused_by
+
+
+class Fit(Record, frozen=True, kw_only=True):
+    """The result on GPUs of one size."""
+
+    gpu: str
+    tp: int
+    usable_bytes: int
+    """Of one GPU, less what the runtime keeps for itself."""
+    weight_bytes: int
+    """On one GPU: its shards, and whole what is not divided."""
+    cache_bytes_per_token: int
+    """Of the KV cache on one GPU, in bf16."""
+
+    @property
+    def room(self) -> int:
+        """Bytes on one GPU for the KV cache; negative: it does not fit."""
+        return self.usable_bytes - self.weight_bytes
+
+    @property
+    def cache_tokens(self) -> int:
+        return max(self.room, 0) // self.cache_bytes_per_token
+
+
+class Need(Record, frozen=True, kw_only=True):
+    """Something that quantization needs of this machine."""
+
+    what: str
+    needed: int
+    available: int
+    arithmetic: str
+
+    @property
+    def enough(self) -> bool:
+        return self.needed <= self.available
+
+
+class Probe(Record, frozen=True, kw_only=True):
+    """What was measured of this machine, on this checkpoint."""
+
+    device: str
+    read_bytes: int
+    read_seconds: float
+    flops: float
+    """Of a matrix product a second, in the dtype that the blocks are computed in."""
+    expert_seconds: float
+    """To read nothing and round one expert at its true shape."""
+    expert_arithmetic: str
+    seconds: float
+
+    @property
+    def read_bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.read_bytes / self.read_seconds
+
+
+class Duration(Record, frozen=True, kw_only=True):
+    """A part of the estimated time."""
+
+    what: str
+    seconds: float
+    arithmetic: str
+
+
+class Preflight(Record, frozen=True, kw_only=True):
+    """Whether a checkpoint can be quantized on this machine, what comes out, how long it takes, and what it costs."""
+
+    source: str
+    model_type: str
+    tensors: int
+    unexpected: list[str]
+    mtp_declared: int
+    mtp_found: int
+    parts: list[Part]
+    degrees: list[Degree]
+    fits: list[Fit]
+    needs: list[Need]
+    probe: Probe | None
+    durations: list[Duration]
+    """Of the whole work; disk and processor work at the same time."""
+    seconds: float | None
+    """Estimated for what is not done yet; null without a probe."""
+    price: float | None
+    """Of that time at `gpu_hour`."""
+    gpu_hour: float
+    experts: int
+    experts_done: int
+    problems: list[str]
+    """Why it cannot work, and what to change."""
+    notes: list[str]
+    planned: list[PlannedTensor]
+    """Every tensor, if asked for."""
+
+    @property
+    def tensor_parallel(self) -> list[int]:
+        """Degrees at which SGLang can serve the result: it divides the other linears too, `local` the experts alone."""
+        return [degree.tp for degree in self.degrees if degree.possible]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(part.bytes_before for part in self.parts)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(part.bytes_after for part in self.parts)
+
+
 class InputScale(Record, frozen=True, kw_only=True):
     """The static FP8 scale of the inputs of w1 and w3, or of w2, one for all experts of a layer."""
 
@@ -79,7 +207,8 @@ class InputScale(Record, frozen=True, kw_only=True):
     error_at_amax: float
     """The same at the scale that covers every input."""
     outliers: bool
-    """The error is more than twice FP8's own: outliers stretch the scale, so static activations will cost accuracy."""
+    """The error, or that of the smaller 99.9 % alone, is more than twice FP8's own: outliers stretch the scale, so
+    static activations will cost accuracy."""
 
 
 class ExpertRounding(Record, frozen=True, kw_only=True):

@@ -212,8 +212,9 @@ def find_release(home: Path, release_id: str) -> ReleaseFile:
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's settings without its paths: what is behind them counts, where it lies does not."""
-    settings = _without_paths(msgspec.to_builtins(recipe))
+    """The recipe's settings without its paths, since what is behind them counts and not where it lies, and without
+    its cluster, which changes nothing of the result."""
+    settings = _without_paths({k: v for k, v in msgspec.to_builtins(recipe).items() if k != "cluster"})
     assert isinstance(settings, dict)
     return settings
 

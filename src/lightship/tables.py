@@ -20,6 +20,8 @@ from lightship.records import (
     Fidelity,
     Percentiles,
     Plan,
+    PlannedTensor,
+    Preflight,
     Promoted,
     Staged,
     Throughput,
@@ -28,11 +30,7 @@ from lightship.records import (
 )
 from lightship.summary import size
 
-ACTIONS = {
-    "int4": "routed experts, int4 group 128",
-    "fp8": "other linears, FP8 128x128 blocks as they are",
-    "keep": "norms, embeddings, head, router as they are",
-}
+PARTS = {"routed experts": "routed experts, int4 group 128", "unexpected": "not in the declaration"}
 SHOWN = 6
 """Starved experts that a row names."""
 OUTCOMES = {"pass": "[green]pass[/]", "warn": "[yellow]warn[/]", "fail": "[bold red]FAIL[/]"}
@@ -58,25 +56,77 @@ def _table(*columns: str, title: str | None = None) -> Table:
     return table
 
 
-def plan_table(plan: Plan) -> Table:
-    """Bytes before and after, by what is done."""
-    table = _table("what", "tensors", "before", "after", "change")
-    for action, what in ACTIONS.items():
-        chosen = [t for t in plan.tensors if t.action == action]
-        before, after = sum(t.bytes_before for t in chosen), sum(t.bytes_after for t in chosen)
-        change = f"{after / before - 1:+.1%}" if before else "-"
-        table.add_row(what, str(len(chosen)), size(before), size(after), change)
-    change = f"{plan.bytes_after / plan.bytes_before - 1:+.1%}"
-    table.add_row("all", str(len(plan.tensors)), size(plan.bytes_before), size(plan.bytes_after), change, style="bold")
+def parts_table(preflight: Preflight) -> Table:
+    """Where the bytes are, before and after."""
+    table = _table("what", "tensors", "before", "after", "change", "of the result")
+    rows = [(p.part, p.tensors, p.bytes_before, p.bytes_after, "") for p in preflight.parts]
+    for part, tensors, before, after, style in [
+        *rows,
+        ("all", preflight.tensors, preflight.bytes_before, preflight.bytes_after, "bold"),
+    ]:
+        change, share = f"{after / before - 1:+.1%}" if before else "-", f"{after / preflight.bytes_after:.1%}"
+        table.add_row(PARTS.get(part, part), str(tensors), size(before), size(after), change, share, style=style)
     return table
 
 
-def tensor_table(plan: Plan) -> Table:
+def tensor_table(tensors: list[PlannedTensor]) -> Table:
     """Every tensor's fate."""
     table = _table("tensor", "action", "dtype", "shape", "before", "after")
-    for t in plan.tensors:
-        table.add_row(t.name, t.action, t.dtype, str(t.shape), size(t.bytes_before), size(t.bytes_after))
+    for t in tensors:
+        action = f"{t.action}, converted" if t.converted else t.action
+        table.add_row(t.name, action, t.dtype, str(t.shape), size(t.bytes_before), size(t.bytes_after))
     return table
+
+
+def degrees_table(preflight: Preflight) -> Table:
+    """Which degrees of tensor parallelism divide the result."""
+    table = _table("TP", "experts", "all linears", "first obstacle")
+    for degree in preflight.degrees:
+        marks = ["[green]yes[/]" if ok else "[red]no[/]" for ok in (degree.experts, degree.possible)]
+        more = f" and {len(degree.refused_by) - 1} more" if len(degree.refused_by) > 1 else ""
+        table.add_row(str(degree.tp), *marks, degree.refused_by[0] + more if degree.refused_by else "-")
+    return table
+
+
+def fits_table(preflight: Preflight) -> Table:
+    """The result on GPUs, and the room that is left there."""
+    table = _table("8 GPUs of", "weights a GPU", "left for KV cache", "tokens in cache (bf16)")
+    for fit in preflight.fits:
+        room = f"{fit.room / 1e9:.1f} GB" if fit.room > 0 else "[red]does not fit[/]"
+        divided = fit.tp in preflight.tensor_parallel
+        tokens = f"{fit.cache_tokens:,}" if divided else f"TP {fit.tp} does not divide it"
+        table.add_row(fit.gpu, size(fit.weight_bytes), room, tokens)
+    return table
+
+
+def needs_table(preflight: Preflight) -> Table:
+    """What the work takes: memory, disk, time."""
+    table = _table("need", "", "there is", "arithmetic")
+    for need in preflight.needs:
+        mark = size(need.needed) if need.enough else f"[red]{size(need.needed)}[/]"
+        table.add_row(need.what, mark, size(need.available), need.arithmetic)
+    for duration in preflight.durations:
+        table.add_row(f"time to {duration.what}", _hours(duration.seconds), "", duration.arithmetic)
+    return table
+
+
+def time_sentence(preflight: Preflight) -> str:
+    """How long what is left takes, and its price."""
+    done = f"{preflight.experts_done:,} of {preflight.experts:,} experts are done"
+    if preflight.seconds is None or preflight.probe is None or preflight.price is None:
+        return f"{done}; no time without the probe"
+    return (
+        f"{done}; {_hours(preflight.seconds)} for the rest on {preflight.probe.device} "
+        f"(the longer of read + write and round + forward), {preflight.price:.2f} at {preflight.gpu_hour:.2f} an hour; "
+        f"one expert: {preflight.probe.expert_arithmetic}"
+    )
+
+
+def _hours(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def calibration_table(calibration: Calibration) -> Table:

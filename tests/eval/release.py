@@ -57,7 +57,9 @@ def plan(experts_after: int = 54_000_000) -> Plan:
         ("model.embed_tokens.weight", "keep", 6_000_000, 6_000_000),
     ]
     planned = [
-        PlannedTensor(name=n, action=a, dtype="F8_E4M3", shape=[1, b], bytes_before=b, bytes_after=c)
+        PlannedTensor(
+            name=n, action=a, converted=False, part=a, dtype="F8_E4M3", shape=[1, b], bytes_before=b, bytes_after=c
+        )
         for n, a, b, c in tensors
     ]
     return Plan(source="demo/model", tensors=planned, expert_layers=["model.layers.1.mlp"], tensor_parallel=[1, 2])

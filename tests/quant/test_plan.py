@@ -8,8 +8,8 @@ import pytest
 
 from lightship.checkpoint import Checkpoint
 from lightship.errors import CheckpointError
-from lightship.quant.plan import plan_quantization
-from tests.tiny import write_fp8_checkpoint
+from lightship.quant.plan import plan_quantization, planned_outputs
+from tests.tiny import FAMILIES, write_checkpoint, write_fp8_checkpoint
 
 
 def test_the_planned_size_is_the_written_size(fp8: Path, w4afp8: Path) -> None:
@@ -62,6 +62,46 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
 def test_a_quantized_checkpoint_is_not_quantized_again(w4afp8: Path) -> None:
     with pytest.raises(CheckpointError, match="int8 already; give the FP8 release it was made from"):
         plan_quantization(Checkpoint.open(w4afp8))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bf16_source_and_an_fp8_source_give_the_same_tensors(family: str, tmp_path: Path) -> None:
+    results = []
+    for fp8 in (False, True):
+        plan = plan_quantization(Checkpoint.open(write_checkpoint(family, tmp_path / str(fp8), fp8=fp8)))
+        outputs = list(planned_outputs(plan))
+        assert plan.bytes_after == sum(output.nbytes for output in outputs)
+        assert any(tensor.converted for tensor in plan.tensors) is not fp8
+        results.append(sorted(outputs))
+    assert results[0] == results[1]
+
+
+def test_the_planned_tensors_are_the_written_tensors(fp8: Path, w4afp8: Path) -> None:
+    written = {(t.name, t.dtype, t.shape) for t in Checkpoint.open(w4afp8).tensors.values()}
+    planned = planned_outputs(plan_quantization(Checkpoint.open(fp8)))
+    assert {(t.name, t.dtype, tuple(t.shape)) for t in planned} == written
+
+
+def test_router_embeddings_norms_and_the_mtp_projection_are_never_converted(tmp_path: Path) -> None:
+    path = write_checkpoint("deepseek_v3", tmp_path / "mtp", fp8=False, mtp=True)
+    kept = {t.name for t in plan_quantization(Checkpoint.open(path)).tensors if t.action == "keep"}
+    assert {"model.layers.1.mlp.gate.weight", "lm_head.weight", "model.layers.2.eh_proj.weight"} <= kept
+    assert not any("_proj.weight" in name and "eh_proj" not in name for name in kept)
+
+
+def test_missing_tensors_are_counted_and_named(fp8: Path) -> None:
+    checkpoint = Checkpoint.open(fp8)
+    del checkpoint.tensors["model.norm.weight"]
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensors that config\.json asks for: model\.norm\.weight;"):
+        plan_quantization(checkpoint)
+
+
+def test_fp8_of_another_format_is_told_from_an_incomplete_download(fp8: Path) -> None:
+    checkpoint = Checkpoint.open(fp8)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    checkpoint.tensors[f"{name}_scale"] = checkpoint.tensors.pop(f"{name}_scale_inv")
+    with pytest.raises(CheckpointError, match=f"it has {name}_scale instead, of another format"):
+        plan_quantization(checkpoint)
 
 
 def change_config(path: Path, change: Callable[[dict], dict]) -> None:
