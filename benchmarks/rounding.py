@@ -1,4 +1,4 @@
-"""Rounding methods side by side on the embedded model: GPTQ, MSE-grid and absmax/7 after one calibration.
+"""Rounding methods side by side on the embedded model: GPTQ, MSE-grid and absmax/7, on the same calibration text.
 
 Each method's checkpoint is written, compared with the FP8 source token by token on held-out text, served, and asked
 every demo question. Writes benchmarks/rounding.json and benchmarks/rounding.md.
@@ -44,7 +44,6 @@ def main() -> None:
 
     from lightship.checkpoint import Checkpoint
     from lightship.progress import tracked
-    from lightship.quant.calibrate import calibrate
     from lightship.quant.plan import plan_quantization
     from lightship.quant.quantize import quantize
     from lightship.quant.verify import verify
@@ -55,11 +54,10 @@ def main() -> None:
         work = Path(folder)
         checkpoint = Checkpoint.open(SOURCE)
         plan = plan_quantization(checkpoint)
-        calibration = calibrate(SOURCE, recipe.calibration, work, tracked)
         verifications: dict[str, Verification] = {}
         paths = [work / f"method-{number}" for number in range(len(METHODS))]
         for (name, settings), path in zip(METHODS.items(), paths, strict=True):
-            quantize(checkpoint, plan, calibration, work, settings, path, tracked)
+            quantize(checkpoint, plan, recipe.calibration, settings, path, tracked, device="cpu")
             verifications[name] = verify(path, SOURCE)
             print(f"{name}: {summary.sentence(verifications[name])}", flush=True)
         fidelities = dict(zip(METHODS, measure_fidelities(SOURCE, paths, recipe.fidelity), strict=True))
@@ -124,7 +122,7 @@ def markdown(result: dict[str, Any]) -> str:
     return (
         "# Rounding methods on the embedded model\n\n"
         f"`{result['command']}`, {result['date']}, {result['machine']}.\n\n"
-        "One calibration, four roundings of the same routed experts. KL is KL(source || quantized) a token on\n"
+        "One calibration text, four roundings of the same routed experts. KL is KL(source || quantized) a token on\n"
         "held-out text; weight error is the worst layer's relative squared error; accuracy is on all "
         f"{result['questions']} demo questions\nthrough lm-eval.\n\n{table}\n"
     )

@@ -223,7 +223,7 @@ def _calibration(release: ReportData) -> str:
     calibration = release.calibration
     scenes = ", ".join(f"{escape(scene)} {tokens:,}" for scene, tokens in calibration.tokens.items())
     fewest = min(min(layer.tokens_of_experts()) for layer in calibration.layers)
-    starved = release.quantized.experts_without_tokens
+    starved = calibration.without_tokens
     if starved:
         names = ", ".join(f"<code>{escape(name)}</code>" for name in starved[:MOST_LOST])
         more = f" and {len(starved) - MOST_LOST} more" if len(starved) > MOST_LOST else ""

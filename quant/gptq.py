@@ -57,7 +57,7 @@ def factor(hessian_II: torch.Tensor, damping: float) -> tuple[torch.Tensor, torc
         damped_II = damp(hessian_II, damping)
         try:
             return damped_II, inverse_cholesky(damped_II)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             assert damping < 1000
             damping *= 10
 

@@ -111,7 +111,7 @@ class Shards:
         """The tensor as it was written."""
         place = self.places[name]
         buffer = torch.empty(place.tensor.nbytes, dtype=torch.uint8)
-        read = os.preadv(self._file(place.shard), [memoryview(buffer.numpy())], place.begin)
+        read = os.preadv(self._file(place.shard), [buffer.numpy().data], place.begin)
         assert read == place.tensor.nbytes
         return buffer.view(torch_dtype(place.tensor.dtype)).reshape(place.tensor.shape)
 
@@ -160,7 +160,7 @@ def refusing_a_full_disk(path: Path) -> Iterator[None]:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes in memory order, without a copy if it is contiguous."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_at(file: int, data: bytes | memoryview, position: int) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightship.checkpoint import EXPERT, Checkpoint, TensorInfo
+from lightship.checkpoint import EXPERT, Checkpoint
 from lightship.quant.findings import Findings
 from lightship.quant.mispacking import shapes_that_fit
 from lightship.records import Check
+from lightship.shards import TensorInfo
 from lightship.w4afp8 import GROUP, tensor_parallel_degrees
 
 INPUT_SCALES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}

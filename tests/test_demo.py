@@ -12,11 +12,8 @@ from lightship.causal_lm import load_tokenizer
 from lightship.checkpoint import Checkpoint
 from lightship.eval.fidelity import measure_fidelities
 from lightship.eval.questions import read_questions
-from lightship.quant.calibrate import calibrate
-from lightship.quant.plan import plan_quantization
-from lightship.quant.quantize import quantize
 from lightship.recipe import CalibrationText, FidelityText, Quantization, load_recipe
-from tests.conftest import DEMO, ROOT, unseen
+from tests.conftest import DEMO, ROOT, quantize_checkpoint
 
 FOLDER = DEMO.parent
 
@@ -107,7 +104,6 @@ def test_each_rounding_method_moves_the_model_less_than_the_one_before(checkpoin
     recipe = load_recipe(ROOT / "recipes" / "demo.toml")
     text = CalibrationText(sources=recipe.calibration.sources, tokens_per_scene=8192)
     held_out = FidelityText(sources=recipe.fidelity.sources, tokens_per_scene=2048)
-    plan, calibration = plan_quantization(checkpoint), calibrate(DEMO, text, tmp_path, unseen)
     paths = []
     for settings in (
         Quantization(method="absmax"),
@@ -116,7 +112,7 @@ def test_each_rounding_method_moves_the_model_less_than_the_one_before(checkpoin
         Quantization(method="gptq"),
     ):
         paths.append(tmp_path / str(len(paths)))
-        quantize(checkpoint, plan, calibration, tmp_path, settings, paths[-1], unseen)
+        quantize_checkpoint(DEMO, paths[-1], text, settings)
     absmax, mse, signed, gptq = (fidelity.kl for fidelity in measure_fidelities(DEMO, paths, held_out))
     assert absmax > 0.02, "naive rounding costs measurable KL"
     assert absmax > 1.1 * mse > 1.1 * signed > 1.1 * gptq

@@ -14,6 +14,7 @@ from lightship.records import (
     Calibration,
     Check,
     Fidelity,
+    InputScale,
     LayerCalibration,
     LayerError,
     Load,
@@ -105,6 +106,12 @@ def throughput(ratio: float = 1.3) -> Throughput:
     return Throughput(prompt_tokens=256, output_tokens=32, loads=loads, machine="AMD EPYC 9B14, 8 cores")
 
 
+def input_scale(amax: float) -> InputScale:
+    return InputScale(
+        scale=amax / 448, amax=amax, percentile=100.0, error=0.0006, error_at_amax=0.0006, outliers=False
+    )  # fmt: skip
+
+
 def calibration(layers: int = 8, experts: int = 32, starved: bool = True) -> Calibration:
     rng = random.Random(1)
     made = []
@@ -115,12 +122,12 @@ def calibration(layers: int = 8, experts: int = 32, starved: bool = True) -> Cal
         half = [c // 2 for c in counts]
         made.append(
             LayerCalibration(
-                layer_name=f"model.layers.{layer}.mlp", w13_amax=3.0, w2_amax=9.0, w13_input_scale=0.0067,
-                w2_input_scale=0.02, expert_tokens={"code": half, "prose": [c - h for c, h in zip(counts, half,
-                strict=True)]},
+                layer_name=f"model.layers.{layer}.mlp",
+                w13_input=input_scale(3.0), w2_input=input_scale(9.0), experts=[],
+                expert_tokens={"code": half, "prose": [c - h for c, h in zip(counts, half, strict=True)]},
             )
         )  # fmt: skip
-    return Calibration(text_digest="b71c" * 16, tokens={"code": 16384, "prose": 16384}, layers=made, seconds=22.0)
+    return Calibration(text_digest="b71c" * 16, tokens={"code": 16384, "prose": 16384}, token_floor=256, layers=made)
 
 
 def release(*, losing: float = 0.02, questions: int = 700, text: str = "… the answer is (B).") -> ReportData:
@@ -143,7 +150,7 @@ def release(*, losing: float = 0.02, questions: int = 700, text: str = "… the 
         calibration=calibration(),
         quantized=Quantized(
             path="out/checkpoint", method="gptq", manifest_digest="c0ffee42" * 8, bytes_total=71_300_000,
-            experts_without_tokens=["model.layers.3.mlp.experts.7"], layers_without_calibration=[], seconds=31.0,
+            experts=64, experts_resumed=0, seconds=31.0,
         ),
         staged=Staged(
             engine="local", base_url="http://127.0.0.1:8000",

@@ -60,7 +60,6 @@ def round_to_int4(fp8_dir: Path, path: Path) -> Path:
         calibration_text_digest="",
         quantization={},
         experts_without_tokens=[],
-        layers_without_calibration=[],
         files=describe_files(path),
     )
     write_manifest(path, manifest)
