@@ -12,6 +12,7 @@ from lightship.causal_lm import load_tokenizer
 from lightship.checkpoint import Checkpoint
 from lightship.eval.fidelity import measure_fidelities
 from lightship.eval.questions import read_questions
+from lightship.quant.plan import plan_quantization
 from lightship.recipe import CalibrationText, FidelityText, Quantization, load_recipe
 from tests.conftest import DEMO, ROOT, quantize_checkpoint
 
@@ -100,7 +101,7 @@ def test_the_chat_template_marks_user_and_assistant() -> None:
     assert tokenizer.decode(tokenizer.encode("The ship leaves at dawn.")) == "The ship leaves at dawn."
 
 
-def test_each_rounding_method_moves_the_model_less_than_the_one_before(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_each_rounding_method_moves_the_model_less_than_the_one_before(tmp_path: Path) -> None:
     recipe = load_recipe(ROOT / "recipes" / "demo.toml")
     text = CalibrationText(sources=recipe.calibration.sources, tokens_per_scene=8192)
     held_out = FidelityText(sources=recipe.fidelity.sources, tokens_per_scene=2048)
