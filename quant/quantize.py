@@ -24,10 +24,10 @@ import torch
 
 from lightship import __version__
 from lightship.causal_lm import load_tokenizer
-from lightship.checkpoint import INDEX, Checkpoint
+from lightship.checkpoint import INDEX, MANIFEST, Checkpoint
 from lightship.errors import LightshipError
-from lightship.files import clear_directory, locked, publish_directory, write_json
-from lightship.manifest import Manifest, describe_files, write_manifest
+from lightship.files import clear_directory, digest_of_file, locked, publish_directory, read_json, write_json
+from lightship.manifest import Manifest, describe_files, read_manifest, write_manifest
 from lightship.quant.blocks import BlockStream, MoEInputs
 from lightship.quant.device import choose_device, free_memory
 from lightship.quant.journal import FINGERPRINT, Journal, check_fingerprint
@@ -142,6 +142,26 @@ def quantize(
         experts=sum(len(layer.experts) for layer in layers),
         experts_resumed=experts_resumed,
         seconds=time.monotonic() - start,
+    )
+
+
+def describe_finished(out: Path) -> Quantized:
+    """The record of a checkpoint that `quantize` has published, for a caller that was stopped before it had it.
+
+    Raises:
+        LightshipError: `out` is not such a checkpoint.
+    """
+    manifest = read_manifest(out)
+    calibration = read_json(out / CALIBRATION, Calibration)
+    experts = sum(len(layer.experts) for layer in calibration.layers)
+    return Quantized(
+        path=str(out),
+        method=manifest.quantization["method"],
+        manifest_digest=digest_of_file(out / MANIFEST),
+        bytes_total=Checkpoint.open(out).nbytes,
+        experts=experts,
+        experts_resumed=experts,
+        seconds=0.0,
     )
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from lightship.errors import CheckpointError, LightshipError
 from lightship.files import digest_of_file, read_json
 from lightship.manifest import check_files, read_manifest
 from lightship.quant.plan import plan_quantization
-from lightship.quant.quantize import CALIBRATION, work_directory
+from lightship.quant.quantize import CALIBRATION, describe_finished, work_directory
 from lightship.quant.verify import verify
 from lightship.recipe import CalibrationText, Method, Quantization, Rule, TextSource
 from lightship.records import Calibration
@@ -36,6 +37,14 @@ def test_hidden_states_on_disk_give_the_same_bytes_as_in_memory(
     for name, memory in (("memory", 1 << 30), ("disk", 0)):
         quantize_checkpoint(fp8, tmp_path / name, text, Quantization(), stash_memory=memory)
     assert digest_of_file(tmp_path / "memory" / MANIFEST) == digest_of_file(tmp_path / "disk" / MANIFEST)
+
+
+def test_a_published_checkpoint_tells_the_record_that_its_maker_gave(
+    fp8: Path, text: CalibrationText, tmp_path: Path
+) -> None:
+    made = quantize_checkpoint(fp8, tmp_path / "out", text, Quantization(method="absmax"))
+    found = describe_finished(tmp_path / "out")
+    assert msgspec.structs.replace(found, seconds=made.seconds, experts_resumed=0) == made
 
 
 def test_config_names_the_method_and_companions_are_copied(fp8: Path, w4afp8: Path) -> None:
