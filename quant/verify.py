@@ -6,6 +6,7 @@ nonsense without an error; each of these is a check here.
     lightship verify OUT --against demo/checkpoint
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from lightship.checkpoint import MANIFEST, Checkpoint
@@ -36,7 +37,8 @@ def verify(path: Path, source: Path | None = None) -> Verification:
     except LightshipError as error:
         opens.fail(str(error))
         return Verification(path=str(path), source=against, checks=[opens.check("")], layers=[])
-    if original and original.dimensions != sizes:
+    # The MTP layers may have been left out.
+    if original and replace(original.dimensions, mtp_layers=sizes.mtp_layers) != sizes:
         raise CheckpointError(f"{source} is not the source of {path}: {original.dimensions} is not {sizes}")
     ours = (path / MANIFEST).is_file()
     layers = list(checkpoint.expert_layers())
