@@ -39,7 +39,6 @@ from lightship.w4afp8 import dequantize_fp8_blocks, round_groups_through_fp8, un
 
 ROOM = 0.3
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-SGLANG_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 Raw = dict[str, torch.Tensor]
 """A projection's tensors by the end of their names: `gate_proj.weight`, `gate_proj.weight_scale_inv`, …"""
