@@ -14,8 +14,9 @@ import shutil
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     source = folder / "source"
     if not (source / INDEX).is_file():
-        write_source(source)
+        # In a process of its own, whose memory is not counted with quantize's.
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            pool.submit(write_source, source).result()
     checkpoint = Checkpoint.open(source)
     text = write_text(folder)
     pcie = pcie_bandwidth()

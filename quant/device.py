@@ -1,6 +1,8 @@
 """The device that rounds, and the memory there is."""
 
+import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,3 +39,12 @@ def free_memory() -> int:
 def has_room(device: torch.device, nbytes: int) -> bool:
     """Whether hidden states of that size may stay on the device; never on a CPU, whose memory has its own budget."""
     return device.type == "cuda" and nbytes <= ROOM * torch.cuda.mem_get_info(device)[0]
+
+
+def give_back_memory() -> None:
+    """Return what the C library keeps of freed memory to the system; nothing where it is not glibc.
+
+    Reader threads free what other threads have allocated, and glibc would keep some of it for each of them.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -31,7 +31,7 @@ from lightship.errors import LightshipError
 from lightship.files import clear_directory, digest_of_file, locked, publish_directory, read_json, write_json
 from lightship.manifest import Manifest, describe_files, read_manifest, write_manifest
 from lightship.quant.blocks import BlockStream, MoEInputs
-from lightship.quant.device import choose_device, free_memory
+from lightship.quant.device import choose_device, free_memory, give_back_memory
 from lightship.quant.journal import FINGERPRINT, Journal, check_fingerprint
 from lightship.quant.layer import LayerExperts, expert_tensors
 from lightship.quant.layout import SHARD_BYTES, Shards, refusing_a_full_disk
@@ -256,6 +256,7 @@ class _Run:
             before=lambda: None if last else self.stash.save(f"hidden-{number + 1}", leaving_TH),
             after=lambda: self.stash.remove(f"hidden-{number}"),
         )
+        give_back_memory()
 
     def _caching_experts(self, number: int) -> AbstractContextManager[None]:
         """Meanwhile have the system's page cache read the block's experts, as many as fit into half of free memory."""
