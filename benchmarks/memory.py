@@ -112,7 +112,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}`, {result['date']}, {result['machine']}.\n\n"
         f"Random FP8 models: hidden size {sizes['hidden_size']}, {sizes['n_routed_experts']} experts of "
         f"{sizes['moe_intermediate_size']} a layer, the same calibration tokens for all.\nAnonymous memory is what the "
-        "program holds, file pages are\nthe code of Python, torch and transformers. Each column is the largest value seen.\n\n{table}\n"
+        "program holds, file pages are the code of Python, torch and transformers. Each column is\nthe largest value "
+        f"seen.\n\n{table}\n"
     )
 
 
