@@ -33,7 +33,7 @@ SIZES = {
 }
 RECIPE = """
 model = "memory"
-calibration = {{ tokens_per_scene = 16384, sources = [{{ scene = "prose", path = "{text}/prose/calibration.jsonl" }}] }}
+calibration = {{ tokens_per_scene = 4096, sources = [{{ scene = "prose", path = "{text}/prose/calibration.jsonl" }}] }}
 accuracy = {{ questions = "{root}/demo/questions" }}
 fidelity = {{ sources = [{{ scene = "prose", path = "{text}/prose/heldout.jsonl" }}] }}
 gate = {{ kl = 1.0 }}
@@ -47,7 +47,7 @@ mapped."""
 def main() -> None:
     """Measure every size and write the result files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, help="TOML file; by default GPTQ on 16384 tokens of the demo's prose")
+    parser.add_argument("--recipe", type=Path, help="TOML file; by default GPTQ on 4096 tokens of the demo's prose")
     arguments = parser.parse_args()
     command = "python -m benchmarks.memory" + (f" --recipe {arguments.recipe}" if arguments.recipe else "")
     rows = []

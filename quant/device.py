@@ -12,6 +12,10 @@ from lightship.errors import LightshipError
 DEVICE = "LIGHTSHIP_DEVICE"
 ROOM = 0.3
 """The part of a GPU's free memory that calibration's hidden states may take."""
+M_MMAP_THRESHOLD = -3
+"""mallopt's name for it, from malloc.h."""
+LARGE = 1 << 20
+"""Bytes of a block that has pages of its own; setting it keeps glibc from raising it to 32 MiB by itself."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -41,10 +45,11 @@ def has_room(device: torch.device, nbytes: int) -> bool:
     return device.type == "cuda" and nbytes <= ROOM * torch.cuda.mem_get_info(device)[0]
 
 
-def give_back_memory() -> None:
-    """Return what the C library keeps of freed memory to the system; nothing where it is not glibc.
+def return_freed_memory() -> None:
+    """From now on, have the C library return large freed blocks of this process to the system at once; glibc alone.
 
-    Reader threads free what other threads have allocated, and glibc would keep some of it for each of them.
+    By itself, glibc keeps some for every thread, and reader threads free what others have allocated: a run of many
+    layers would grow, a little with each.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)

@@ -31,7 +31,7 @@ from lightship.errors import LightshipError
 from lightship.files import clear_directory, digest_of_file, locked, publish_directory, read_json, write_json
 from lightship.manifest import Manifest, describe_files, read_manifest, write_manifest
 from lightship.quant.blocks import BlockStream, MoEInputs
-from lightship.quant.device import choose_device, free_memory, give_back_memory
+from lightship.quant.device import choose_device, free_memory, return_freed_memory
 from lightship.quant.journal import FINGERPRINT, Journal, check_fingerprint
 from lightship.quant.layer import LayerExperts, expert_tensors
 from lightship.quant.layout import SHARD_BYTES, Shards, refusing_a_full_disk
@@ -108,6 +108,7 @@ def quantize(
         LightshipError: `out` exists, OUT.partial was begun with other inputs, a text is missing or too short, the disk
             is full.
     """
+    return_freed_memory()
     if out.exists():
         raise LightshipError(f"{out} exists; remove it or name another directory")
     start = time.monotonic()
@@ -256,7 +257,6 @@ class _Run:
             before=lambda: None if last else self.stash.save(f"hidden-{number + 1}", leaving_TH),
             after=lambda: self.stash.remove(f"hidden-{number}"),
         )
-        give_back_memory()
 
     def _caching_experts(self, number: int) -> AbstractContextManager[None]:
         """Meanwhile have the system's page cache read the block's experts, as many as fit into half of free memory."""
