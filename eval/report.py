@@ -343,7 +343,7 @@ def _identity(release: ReportData) -> str:
             "Evaluated engine",
             f"{staged.engine}, tensor parallel {staged.tensor_parallel}, ready in {staged.ready_seconds:.1f} s",
         ),
-        ("Can be served at", "tensor parallel " + ", ".join(map(str, release.plan.tensor_parallel))),
+        ("Experts divide at", "tensor parallel " + ", ".join(map(str, release.plan.tensor_parallel))),
         *release.versions.items(),
     ]
     table = "".join(f'<tr><td>{escape(k)}</td><td class="mono">{escape(v)}</td></tr>' for k, v in rows)

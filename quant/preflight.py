@@ -14,7 +14,8 @@ import torch
 from lightship.census import census
 from lightship.checkpoint import Checkpoint
 from lightship.files import PARTIAL
-from lightship.quant.capacity import active_parameters, degrees_of, fits_of, gb, peak_memory
+from lightship.quant.capacity import active_parameters, fits_of, gb, peak_memory
+from lightship.quant.degrees import degrees_of
 from lightship.quant.device import choose_device, free_memory
 from lightship.quant.journal import Journal
 from lightship.quant.plan import plan_quantization
@@ -81,7 +82,7 @@ def preflight(
         mtp_declared=taken.mtp_declared,
         mtp_found=taken.mtp_found,
         parts=_parts(plan),
-        degrees=degrees_of(checkpoint, taken),
+        degrees=degrees_of(taken.expected.values()),
         fits=fits_of(checkpoint, plan, taken),
         needs=needs,
         probe=measured,

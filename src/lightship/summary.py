@@ -47,7 +47,7 @@ def metrics(record: Record) -> dict[str, float]:
 def _(plan: Plan) -> str:
     return (
         f"{len(plan.expert_layers)} MoE layers; {size(plan.bytes_before)} -> {size(plan.bytes_after)}, "
-        f"routed experts -{plan.experts_shrink:.1%}; serves at TP {', '.join(map(str, plan.tensor_parallel))}"
+        f"routed experts -{plan.experts_shrink:.1%}; experts divide at TP {', '.join(map(str, plan.tensor_parallel))}"
     )
 
 

@@ -45,6 +45,14 @@ def test_a_size_that_is_no_multiple_of_128_is_named(broken: Path) -> None:
         plan_quantization(Checkpoint.open(broken))
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_dense_mlp_that_is_not_whole_blocks_is_refused_with_the_reason(fp8: bool, tmp_path: Path) -> None:
+    path = write_checkpoint("glm4_moe", tmp_path / "air", fp8=fp8, intermediate_size=320)
+    said = r"SGLang refuses .* every degree .*: model\.layers\.0\.mlp\.gate_proj\.weight: 320 is no multiple of 128"
+    with pytest.raises(CheckpointError, match=said):
+        plan_quantization(Checkpoint.open(path))
+
+
 def test_shapes_that_contradict_the_configuration_are_named(broken: Path) -> None:
     change_config(broken, lambda config: config | {"moe_intermediate_size": 512})
     with pytest.raises(

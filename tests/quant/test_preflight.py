@@ -39,7 +39,7 @@ def test_deepseek_divides_up_to_16_and_kimi_too(terminus: Path, tmp_path: Path) 
     assert look(terminus).tensor_parallel == [1, 2, 4, 8, 16]
     kimi = look(write_headers(tmp_path, KIMI_K2 | {"num_hidden_layers": 2}, 3))
     assert kimi.tensor_parallel == [1, 2, 4, 8, 16]
-    assert "18432 / 32 = 576 is no multiple of 128" in " ".join(kimi.degrees[-1].refused_by)
+    assert "18432 / 32 = 576 is no multiple of 128" in " ".join(kimi.degrees[-1].obstacles["dense MLP"])
 
 
 def test_every_gpu_holds_the_latent_cache_of_every_token(terminus: Path) -> None:

@@ -297,10 +297,15 @@ def test_other_linears_must_be_fp8_blocks_and_the_rest_not(
     assert says in failures(copy)["other linears"]
 
 
-def test_a_degree_that_misaligns_the_scales_is_a_warning_and_no_degree_a_fault(copy: Path) -> None:
-    assert warnings(copy)["tensor parallel"].startswith("TP 1 yes, TP 2 yes, TP 4 NO, TP 8 NO, TP 16 NO")
-    change_config(copy, moe_intermediate_size=192)
-    assert "no degree works" in failures(copy)["tensor parallel"]
+def test_a_degree_that_cannot_be_served_is_a_warning_and_none_at_all_a_fault(copy: Path) -> None:
+    said = warnings(copy)["tensor parallel"]
+    assert said.startswith("TP 1 yes, TP 2 NO, TP 4 NO, TP 8 NO, TP 16 NO, TP 32 NO; at TP 8: ")
+    assert "256 / 8 = 32 is no multiple of 128 (the scales misalign without an error)" in said
+    assert "2 heads / 8 (SGLang refuses it)" in said
+    change_config(copy, intermediate_size=10944)
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    said = f"no degree works: {gate}: 10944 is no multiple of 128 (SGLang refuses it)"
+    assert failures(copy)["tensor parallel"] == said
 
 
 def test_sizes_that_are_not_whole_groups_are_named(copy: Path) -> None:
