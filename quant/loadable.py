@@ -29,7 +29,7 @@ LINEAR = re.compile(
 )
 """Linears other than the experts that SGLang builds with its FP8 method: all of a layer's, without the MTP layer's
 `eh_proj` and the indexer's `weights_proj`."""
-NEVER_QUANTIZED = re.compile(r".*(\.mlp\.gate|norm|embed_tokens|lm_head|\bhead)\.weight$")
+NEVER_QUANTIZED = re.compile(r".*(\.mlp\.gate|norm|embed_tokens|lm_head|\bhead|\.eh_proj)\.weight$")
 
 
 def setting(config: dict[str, Any], name: str) -> Any:
@@ -228,7 +228,10 @@ def check_linears(checkpoint: Checkpoint) -> Check:
             continue
         if NEVER_QUANTIZED.match(name):
             if info.dtype not in FLOATS:
-                found.fail(f"{name} is {info.dtype}: SGLang reads it unquantized")
+                found.fail(
+                    f"{name} is {info.dtype}: SGLang reads it unquantized, without its scales; write it again in BF16, "
+                    "each value times the scale of its block"
+                )
         elif LINEAR.match(name) or info.dtype.startswith("F8_"):
             linears += 1
             _check_linear(checkpoint, found, info)

@@ -45,7 +45,8 @@ def plan_quantization(checkpoint: Checkpoint) -> Plan:
 
     Raises:
         CheckpointError: the checkpoint has no routed experts or lacks other tensors that its architecture needs, they
-            are quantized otherwise, or SGLang could not serve the result at any degree of tensor parallelism.
+            are quantized otherwise or where they must not be, or SGLang could serve the result at no degree of tensor
+            parallelism.
     """
     sizes = checkpoint.dimensions
     layers = checkpoint.expert_layers()
@@ -66,8 +67,9 @@ def plan_quantization(checkpoint: Checkpoint) -> Plan:
             )
     taken = census(checkpoint)
     for name, weight in taken.expected.items():
-        if weight.linear and name in checkpoint.tensors:
-            _check_dtype(checkpoint, checkpoint.tensors[name])
+        if name in checkpoint.tensors:
+            check = _check_linear if weight.linear else _check_unquantized
+            check(checkpoint, checkpoint.tensors[name])
     _check_complete(checkpoint, taken)
     _check_servable(checkpoint, taken)
     return Plan(
@@ -106,7 +108,17 @@ def _outputs_of(tensor: PlannedTensor) -> list[PlannedOutput]:
     return [PlannedOutput(name, tensor.dtype, shape)]
 
 
-def _check_dtype(checkpoint: Checkpoint, info: TensorInfo) -> None:
+def _check_unquantized(checkpoint: Checkpoint, info: TensorInfo) -> None:
+    if info.dtype not in FLOATS:
+        draft = ", or leave the MTP layer out (its tensors, and config.json's num_nextn_predict_layers)"
+        raise CheckpointError(
+            f"{checkpoint.path}: {info.name} is {info.dtype}, but SGLang reads it unquantized, without its scales: "
+            "write it again in BF16, each value times the scale of its block"
+            f"{draft if info.name.endswith('.eh_proj.weight') else ''}"
+        )
+
+
+def _check_linear(checkpoint: Checkpoint, info: TensorInfo) -> None:
     if info.dtype == "I8":
         raise CheckpointError(f"{checkpoint.path}: {info.name} is int8 already; give the FP8 release it was made from")
     if info.dtype not in ("F8_E4M3", *FLOATS):

@@ -381,6 +381,17 @@ def test_an_mtp_layer_with_fp8_experts_does_not_load(mtp: Path) -> None:
     assert "experts" not in found, "it is said once"
 
 
+def test_an_mtp_projection_in_fp8_is_a_fault_that_says_what_to_do(mtp: Path) -> None:
+    name = "model.layers.2.eh_proj.weight"
+
+    def change(tensors: Tensors) -> None:
+        tensors[name], tensors[f"{name}_scale_inv"] = quantize_fp8_blocks(torch.randn(128, 256))
+
+    change_tensors(mtp, change)
+    said = f"{name} is F8_E4M3: SGLang reads it unquantized, without its scales; write it again in BF16"
+    assert failures(mtp)["other linears"].startswith(said)
+
+
 def test_an_mtp_layer_and_config_that_disagree_are_named(mtp: Path, w4afp8: Path, tmp_path: Path) -> None:
     change_config(mtp, num_nextn_predict_layers=0)
     assert "beyond the model's 2 layers" in failures(mtp)["MTP layer"]
