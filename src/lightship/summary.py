@@ -94,7 +94,7 @@ def _some(names: list[str]) -> str:
 
 @sentence.register
 def _(quantized: Quantized) -> str:
-    resumed = f"; {quantized.experts_resumed:,} were finished before" if quantized.experts_resumed else ""
+    resumed = f", {quantized.experts_resumed:,} of them finished before" if quantized.experts_resumed else ""
     return f"{quantized.method}; {quantized.experts:,} experts{resumed}; {size(quantized.bytes_total)}"
 
 
