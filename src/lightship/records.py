@@ -166,6 +166,8 @@ class Preflight(Record, frozen=True, kw_only=True):
     parts: list[Part]
     degrees: list[Degree]
     fits: list[Fit]
+    calibration_tokens: dict[str, int]
+    """Scene -> tokens that its text gives, read as the quantization will; empty without a recipe."""
     needs: list[Need]
     probe: Probe | None
     durations: list[Duration]
