@@ -8,6 +8,8 @@ import torch
 from lightship.errors import LightshipError
 
 DEVICE = "LIGHTSHIP_DEVICE"
+ROOM = 0.3
+"""The part of a GPU's free memory that calibration's hidden states may take."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -30,3 +32,8 @@ def free_memory() -> int:
     """Bytes that this machine can still give."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def has_room(device: torch.device, nbytes: int) -> bool:
+    """Whether hidden states of that size may stay on the device; never on a CPU, whose memory has its own budget."""
+    return device.type == "cuda" and nbytes <= ROOM * torch.cuda.mem_get_info(device)[0]
