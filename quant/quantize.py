@@ -28,7 +28,7 @@ from lightship import __version__
 from lightship.causal_lm import load_tokenizer
 from lightship.checkpoint import INDEX, MANIFEST, Checkpoint
 from lightship.errors import LightshipError
-from lightship.files import clear_directory, digest_of_file, locked, publish_directory, read_json, write_json
+from lightship.files import LOCK, clear_directory, digest_of_file, locked, publish_directory, read_json, write_json
 from lightship.manifest import Manifest, describe_files, read_manifest, write_manifest
 from lightship.quant.blocks import BlockStream, MoEInputs
 from lightship.quant.device import choose_device, free_memory, return_freed_memory
@@ -95,6 +95,8 @@ def quantize(
 ) -> Quantized:
     """Calibrate and quantize `checkpoint` into the new directory `out`, or go on where an earlier call was stopped.
 
+    One that was stopped after it had published `out` has only left OUT.partial behind, which is then tidied up.
+
     Args:
         progress: wraps the names of the experts, to show how far it is.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
@@ -108,21 +110,24 @@ def quantize(
         LightshipError: `out` exists, OUT.partial was begun with other inputs, a text is missing or too short, the disk
             is full.
     """
-    return_freed_memory()
-    if out.exists():
-        raise LightshipError(f"{out} exists; remove it or name another directory")
     start = time.monotonic()
     checkpoint.transformers_config()
     where = choose_device(device)
+    text_digest = digest_of_text(text.sources)
+    fingerprint = _fingerprint(checkpoint, text, text_digest, settings, where, shard_bytes)
+    work = work_directory(out)
+    if out.exists():
+        if not _has_published(work, fingerprint):
+            raise LightshipError(f"{out} exists; remove it or name another directory")
+        return take_finished(out)
+    return_freed_memory()
     tokenizer = load_tokenizer(checkpoint.path)
     scenes = read_scenes(text, tokenizer)
-    text_digest = digest_of_text(text.sources)
-    work = work_directory(out)
     with refusing_a_full_disk(work), locked(work, wait=False):
         if not (work / RESULT).is_dir() and ((work / FINGERPRINT).is_file() or Journal(work).done):
             # The result of this work was published, and the process ended before it could tidy up, or while it did.
             clear_directory(work)
-        check_fingerprint(work, _fingerprint(checkpoint, text, text_digest, settings, where, shard_bytes))
+        check_fingerprint(work, fingerprint)
         run = _Run(checkpoint, plan, settings, text, scenes, work, where, stash_memory, shard_bytes, cluster)
         experts_resumed = run.experts_done
         try:
@@ -136,7 +141,7 @@ def quantize(
             layers=layers,
         )
         manifest_digest = _finish(checkpoint, run.shards, calibration, settings, out)
-        shutil.rmtree(work)
+        _tidy_up(work)
     return Quantized(
         path=str(out),
         method=settings.method,
@@ -148,15 +153,20 @@ def quantize(
     )
 
 
-def describe_finished(out: Path) -> Quantized:
+def take_finished(out: Path) -> Quantized:
     """The record of a checkpoint that `quantize` has published, for a caller that was stopped before it had it.
 
+    What the stopped process has left of OUT.partial is removed.
+
     Raises:
-        LightshipError: `out` is not such a checkpoint.
+        LightshipError: `out` is not such a checkpoint, or a process is working on it.
     """
     manifest = read_manifest(out)
     calibration = read_json(out / CALIBRATION, Calibration)
     experts = sum(len(layer.experts) for layer in calibration.layers)
+    if (work := work_directory(out)).is_dir():
+        with locked(work, wait=False):
+            _tidy_up(work)
     return Quantized(
         path=str(out),
         method=manifest.quantization["method"],
@@ -388,6 +398,23 @@ class _Run:
 def work_directory(out: Path) -> Path:
     """Where the work on `out` lies until it is whole."""
     return out.with_name(out.name + ".partial")
+
+
+def _has_published(work: Path, fingerprint: dict[str, str]) -> bool:
+    """Whether this work directory is what a run with these inputs leaves when its result is out."""
+    mark = work / FINGERPRINT
+    return mark.is_file() and read_json(mark, dict[str, str]) == fingerprint and not (work / RESULT).exists()
+
+
+def _tidy_up(work: Path) -> None:
+    """Remove the work directory, last what tells the same command that its result is out."""
+    last = [work / LOCK, work / FINGERPRINT]
+    for entry in [*(set(work.iterdir()) - set(last)), *last]:
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+    work.rmdir()
 
 
 def quantization_config() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lightship.files import PARTIAL
+from lightship.files import PARTIAL, publish_file
 from lightship.quant.device import has_room
 from lightship.quant.layout import bytes_of, refusing_a_full_disk
 
@@ -55,13 +55,12 @@ class Stash:
     def save(self, name: str, tensor_TH: torch.Tensor) -> None:
         """Make `tensor_TH`, which `empty` gave under this name, durable and visible to `load`."""
         path = self._partial(name)
-        with refusing_a_full_disk(path), path.open("r+b" if self.on_disk else "wb") as file:
+        with refusing_a_full_disk(path):
             if not self.on_disk:
-                for rows_RH in tensor_TH.split(ROWS):
-                    file.write(bytes_of(rows_RH.cpu()))
-                file.flush()
-            os.fsync(file.fileno())
-        path.rename(self.directory / name)
+                with path.open("wb") as file:
+                    for rows_RH in tensor_TH.split(ROWS):
+                        file.write(bytes_of(rows_RH.cpu()))
+            publish_file(path, self.directory / name)
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A saved tensor; never write to it."""

@@ -83,7 +83,7 @@ def test_kill_9_anywhere_leads_to_the_same_bytes(
         assert rounded(command.out) >= before
         assert not command.out.exists()
         steps += rounded(command.out) > before
-    assert steps > 2, "the kills should be spread over the experts"
+    assert steps > 1, "the kills should be spread over the experts"
     done = rounded(command.out)
     assert set(done.values()) == {1}, "no finished expert is rounded again"
     code, _ = run(command)
@@ -104,8 +104,10 @@ def test_kill_9_while_the_directory_is_finished_leaves_nothing_behind(
         attempt = replace(command, out=copy_of(ready.out, tmp_path / f"out{seed}"))
         code, _ = run(attempt, deed + 1)
         assert code == -signal.SIGKILL
-        if not attempt.out.exists():
-            assert run(attempt)[0] == 0
+        work = work_directory(attempt.out)
+        if work.exists() and any(work.iterdir()):
+            assert run(attempt)[0] == 0, deed
+            assert not work.exists(), deed
         assert digest_of_file(attempt.out / MANIFEST) == whole[0], deed
         check_files(attempt.out)
 
