@@ -50,8 +50,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment(place: Path) -> dict[str, str]:
-    return os.environ | {"PREFECT_HOME": str(place / "prefect"), "LIGHTSHIP_HOME": "home", "LIGHTSHIP_DEVICE": "cpu"}
+def environment(prefect_home: Path) -> dict[str, str]:
+    return os.environ | {"PREFECT_HOME": str(prefect_home), "LIGHTSHIP_HOME": "home", "LIGHTSHIP_DEVICE": "cpu"}
 
 
 @pytest.fixture
@@ -89,8 +89,8 @@ def test_the_error_of_a_worker_elsewhere_ends_the_release_with_one_line(
         cwd=place, env=environment, capture_output=True, text=True, timeout=SECONDS,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("lightship: error: "), done.stderr
     assert f"the tensor {name} has 1 values that are NaN" in done.stderr
-    assert done.stderr.startswith("lightship: error: ")
     assert done.stderr.count("\n") == 1
     assert f"the tensor {name}" in (place / "worker.log").read_text(), "it was met there"
 

@@ -15,8 +15,9 @@ from lightship.quant import quantize as module
 from lightship.quant.quantize import RESULT, take_finished, work_directory
 from lightship.recipe import Quantization, load_recipe
 from lightship.records import Quantized
+from tests.commands import lightship, refusal
 from tests.conftest import quantize_checkpoint, write_lines
-from tests.test_cli import RECIPE, lightship, refusal
+from tests.test_cli import RECIPE
 
 
 class StoppedError(Exception):
