@@ -75,9 +75,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     source = folder / "source"
     if not (source / INDEX).is_file():
-        write_source(source)
+        write_source(source, CONFIG)
     checkpoint = Checkpoint.open(source)
-    text = write_text(folder)
+    text = write_text(folder, CONFIG["vocab_size"], SEQUENCES, SEQUENCE_TOKENS)
     disk, pcie = read_bandwidth(checkpoint), pcie_bandwidth()
     mixed = read_and_write_bandwidth(checkpoint, folder)
     result: dict[str, Any] = {
@@ -175,8 +175,8 @@ class PeakMemory:
             self.peak = max(self.peak, pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-def write_source(path: Path) -> None:
-    """The random one-layer checkpoint, written by way of the plan's own shard layout."""
+def write_source(path: Path, config: dict[str, Any]) -> None:
+    """A random checkpoint, written by way of the plan's own shard layout."""
     from lightship.architecture import architecture_of
     from lightship.quant.layout import Shards
     from lightship.quant.plan import PlannedOutput
@@ -184,7 +184,7 @@ def write_source(path: Path) -> None:
     path.mkdir(parents=True)
     torch.manual_seed(0)
     tensors: list[PlannedOutput] = []
-    for name, weight in architecture_of(CONFIG).weights(CONFIG).items():
+    for name, weight in architecture_of(config).weights(config).items():
         if weight.linear:
             blocks = [-(-side // 128) for side in weight.shape]
             tensors += [PlannedOutput(name, "F8_E4M3", list(weight.shape))]
@@ -213,30 +213,30 @@ def write_source(path: Path) -> None:
             future.result()
     shards.sync()
     shards.write_index()
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    write_tokenizer(path)
+    (path / "config.json").write_text(json.dumps(config))
+    write_tokenizer(path, config["vocab_size"])
 
 
-def write_tokenizer(path: Path) -> None:
+def write_tokenizer(path: Path, vocabulary: int) -> None:
     """A word is a token: `w0`, `w1`, …"""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{n}": n for n in range(CONFIG["vocab_size"])}
+    words = {f"w{n}": n for n in range(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w0", eos_token="w1").save_pretrained(path)
 
 
-def write_text(folder: Path) -> CalibrationText:
+def write_text(folder: Path, vocabulary: int, sequences: int, sequence_tokens: int) -> CalibrationText:
     """Random words, so that the random router spreads them over the experts."""
-    words = torch.randint(2, CONFIG["vocab_size"], (SEQUENCES * SEQUENCE_TOKENS,), generator=torch.Generator())
+    words = torch.randint(2, vocabulary, (sequences * sequence_tokens,), generator=torch.Generator())
     path = folder / "text.txt"
     path.write_text(" ".join(f"w{word}" for word in words.tolist()))
     return CalibrationText(
         sources=[TextSource(scene="words", path=str(path))],
-        tokens_per_scene=SEQUENCES * SEQUENCE_TOKENS,
-        sequence_tokens=SEQUENCE_TOKENS,
+        tokens_per_scene=sequences * sequence_tokens,
+        sequence_tokens=sequence_tokens,
     )
 
 
