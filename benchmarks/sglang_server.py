@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "demo" / "checkpoint"
 OUT = Path(os.environ.get("OUT", ROOT / "benchmarks")) / "sglang_server.json"
 COMMAND = "python -m benchmarks.sglang_server"
 FIRST_PORT = 30100
@@ -67,7 +68,7 @@ CONFIGURATIONS = {
     "fp8-deepgemm": Configuration(
         "fp8",
         ("--moe-runner-backend", "deep_gemm"),
-        {"LIGHTSHIP_MOE": "off", "SGLANG_ENABLE_JIT_DEEPGEMM": "1"},
+        {"LIGHTSHIP_MOE": "off", "SGLANG_ENABLE_JIT_DEEPGEMM": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"},
         "fp8",
     ),
     "stock": Configuration("w4afp8", ("--quantization", "w4afp8"), {"LIGHTSHIP_MOE": "off"}, "w4afp8 static"),
@@ -118,6 +119,8 @@ def main() -> None:
         case "client":
             run_client(arguments.work)
         case stage:
+            if stage == "demo" and not (arguments.work / "fp8").exists():
+                (arguments.work / "fp8").symlink_to(DEMO)
             flags = [*FLAGS, *STAGE_FLAGS[stage], *arguments.flags.split()]
             if importlib.util.find_spec("prometheus_client"):
                 flags.append("--enable-metrics")
@@ -146,9 +149,7 @@ def prepare(work: Path) -> None:
     from lightship.text import read_sequences
 
     recipe = load_recipe(ROOT / "recipes" / "demo.toml")
-    source, out = ROOT / "demo" / "checkpoint", work / "w4afp8"
-    if not (work / "fp8").exists():
-        shutil.copytree(source, work / "fp8")
+    source, out = DEMO, work / "w4afp8"
     if not out.exists():
         checkpoint = Checkpoint.open(source)
         quantize(checkpoint, plan_quantization(checkpoint), recipe.calibration, recipe.quantization, out, tracked)
@@ -222,9 +223,7 @@ def _quantize(source: Path, out: Path) -> None:
 
     text = write_text(out.parent, VOCABULARY, CALIBRATION_SEQUENCES, CALIBRATION_SEQUENCE_TOKENS)
     checkpoint = Checkpoint.open(source)
-    quantize(
-        checkpoint, plan_quantization(checkpoint), text, Quantization(method="absmax"), out, tracked, device="cuda"
-    )
+    quantize(checkpoint, plan_quantization(checkpoint), text, Quantization(method="absmax"), out, tracked)
 
 
 # Servers.
@@ -342,10 +341,10 @@ def _tuned_configurations(work: Path) -> Path:
 class Result:
     """The result file: one entry a stage, rewritten after every step."""
 
-    def __init__(self, stage: str, flags: list[str], servers: list[Server]) -> None:
+    def __init__(self, stage: str, flags: list[str], servers: list[Server], file: Path = OUT) -> None:
         import torch
 
-        self.stage = stage
+        self.stage, self.file = stage, file
         self.entry: dict[str, Any] = {
             "command": f"{COMMAND} {stage} WORK",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -368,8 +367,8 @@ class Result:
 
     def save(self) -> None:
         """Write the file, keeping the other stages'."""
-        kept = json.loads(OUT.read_text()) if OUT.exists() else {}
-        OUT.write_text(json.dumps(kept | {self.stage: self.entry}, indent=2) + "\n")
+        kept = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.file.write_text(json.dumps(kept | {self.stage: self.entry}, indent=2) + "\n")
 
     def show(self) -> None:
         """Print this stage's entry."""
