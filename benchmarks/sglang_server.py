@@ -86,6 +86,9 @@ SEQUENCES, SEQUENCE_TOKENS = 8, 256
 NOISE = 1.15
 """A W4AFP8 server may differ from its reference, in the mean of |log-probability - reference|, by this factor more than
 the FP8 server of the same run differs from its own: that is SGLang's bf16 and its kernels, not the experts."""
+DIFFERENCE = 0.2
+"""No server, FP8 or not, may differ from its reference by more than this in that mean: otherwise an FP8 server that is
+wrong would excuse the others. benchmarks/sglang_loads.json found 0.124 for FP8 and 0.127 for W4AFP8."""
 MEAN_SHIFT = 0.02
 """And the mean log-probability may be off by this many nats a token."""
 
@@ -100,7 +103,7 @@ def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["prepare", "site", "demo", "model", "bench", "client"])
-    parser.add_argument("work", type=Path)
+    parser.add_argument("work", type=lambda text: Path(text).absolute())
     parser.add_argument("--configurations", nargs="+", choices=list(CONFIGURATIONS), default=list(DEFAULT))
     parser.add_argument("--concurrencies", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--layers", type=int, default=16, help="MoE layers of the random model (default: %(default)s)")
@@ -307,6 +310,7 @@ def _launch(work: Path, name: str, port: int, flags: list[str]) -> Server:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env=environment,
+            cwd=work,
         )
     return Server(name, f"http://127.0.0.1:{port}", process, log)
 
@@ -380,11 +384,18 @@ def compare_answers(work: Path, servers: list[Server], result: Result) -> None:
     reference = json.loads((work / "reference.json").read_text())
     served: dict[str, list[float]] = {}
     for server in servers:
-        rows = [row for ids in reference["ids"] for row in _log_probabilities(server, ids)]
-        served[server.name] = rows
         expected = [x for row in reference[CONFIGURATIONS[server.name].reference] for x in row]
-        right = _answers_right(server)
-        result.entry["servers"][server.name] |= {
+        found = result.entry["servers"][server.name]
+        try:
+            rows = [x for ids in reference["ids"] for x in _log_probabilities(server, ids)]
+            right = _answers_right(server)
+        except OSError as error:  # the others are still worth asking
+            found["error"] = repr(error)
+            continue
+        finally:
+            result.save()
+        served[server.name] = rows
+        found |= {
             "tokens": len(rows),
             "mean_log_probability": statistics.fmean(rows),
             "mean_log_probability, local engine": statistics.fmean(expected),
@@ -400,14 +411,15 @@ def compare_answers(work: Path, servers: list[Server], result: Result) -> None:
 def _judge(entry: dict[str, Any], served: dict[str, list[float]]) -> None:
     difference = "mean_absolute_difference to the local engine"
     entry["tolerance"] = (
-        f"mean_absolute_difference at most {NOISE} x that of fp8, mean_log_probability within {MEAN_SHIFT}"
+        f"mean_absolute_difference at most {DIFFERENCE}, and {NOISE} x that of fp8 if it is there; "
+        f"mean_log_probability within {MEAN_SHIFT}"
     )
-    if "fp8" in served:
-        limit = NOISE * entry["servers"]["fp8"][difference]
-        for name in served:
-            found = entry["servers"][name]
-            shift = found["mean_log_probability"] - found["mean_log_probability, local engine"]
-            found["agrees"] = bool(found[difference] <= limit and abs(shift) <= MEAN_SHIFT)
+    limit = min(DIFFERENCE, NOISE * entry["servers"]["fp8"][difference]) if "fp8" in served else DIFFERENCE
+    for name in served:
+        found = entry["servers"][name]
+        shift = found["mean_log_probability"] - found["mean_log_probability, local engine"]
+        own_limit = DIFFERENCE if name == "fp8" else limit
+        found["agrees"] = bool(found[difference] <= own_limit and abs(shift) <= MEAN_SHIFT)
     if {"stock", "plugin"} <= served.keys():
         entry["mean_absolute_difference of plugin and stock"] = _mean_difference(served["plugin"], served["stock"])
 
@@ -542,6 +554,8 @@ def run_client(work: Path) -> None:
         try:
             client.cli_main()
             figures = {ours: found[-1][theirs] for theirs, ours in FIGURES.items()}
+            if figures["completed"] != requests:
+                figures["error"] = f"{figures['completed']} of {requests} requests were answered"
         except (Exception, SystemExit) as error:
             figures = {"error": repr(error)[:300]}
         with (work / "done.jsonl").open("a") as file:

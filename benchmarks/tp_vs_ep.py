@@ -391,7 +391,7 @@ def main() -> None:
         run_simulation(arguments.times, arguments.kernel)
     else:
         arguments.work.mkdir(parents=True, exist_ok=True)
-        compare_servers(arguments.checkpoint, arguments.work, arguments.seconds)
+        compare_servers(arguments.checkpoint, arguments.work.absolute(), arguments.seconds)
 
 
 if __name__ == "__main__":
