@@ -33,21 +33,21 @@ SIZES = {
 }
 RECIPE = """
 model = "memory"
-calibration = {{ tokens_per_scene = 16384, sources = [{{ scene = "prose", path = "{text}/prose/calibration.jsonl" }}] }}
+calibration = {{ tokens_per_scene = 4096, sources = [{{ scene = "prose", path = "{text}/prose/calibration.jsonl" }}] }}
 accuracy = {{ questions = "{root}/demo/questions" }}
 fidelity = {{ sources = [{{ scene = "prose", path = "{text}/prose/heldout.jsonl" }}] }}
 gate = {{ kl = 1.0 }}
 """
 SAMPLE_SECONDS = 0.02
 COUNTERS = {"VmHWM": "peak_rss_bytes", "RssAnon": "peak_anonymous_bytes", "RssFile": "peak_file_bytes"}
-"""The kernel's counters, of which the largest value is kept. File pages are the source's shards, mapped into memory:
-the kernel takes them back when it needs them."""
+"""The kernel's counters, of which the largest value is kept. File pages are the libraries' code: weights are read, not
+mapped."""
 
 
 def main() -> None:
     """Measure every size and write the result files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, help="TOML file; by default GPTQ on 16384 tokens of the demo's prose")
+    parser.add_argument("--recipe", type=Path, help="TOML file; by default GPTQ on 4096 tokens of the demo's prose")
     arguments = parser.parse_args()
     command = "python -m benchmarks.memory" + (f" --recipe {arguments.recipe}" if arguments.recipe else "")
     rows = []
@@ -112,8 +112,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}`, {result['date']}, {result['machine']}.\n\n"
         f"Random FP8 models: hidden size {sizes['hidden_size']}, {sizes['n_routed_experts']} experts of "
         f"{sizes['moe_intermediate_size']} a layer, the same calibration tokens for all.\nAnonymous memory is what the "
-        "program holds; file pages are the source's, mapped, and the kernel takes them back\nwhen it needs them. Each "
-        f"column is the largest value seen.\n\n{table}\n"
+        "program holds, file pages are the code of Python, torch and transformers. Each column is\nthe largest value "
+        f"seen.\n\n{table}\n"
     )
 
 

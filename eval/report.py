@@ -46,7 +46,7 @@ RULES = {
     "experts_shrink": "Shrink of the routed experts",
     "throughput_ratio": "Throughput, quantized over source",
 }
-SYMBOLS = {"pass": "✓ pass", "fail": "✗ fail", "inconclusive": "? inconclusive"}
+SYMBOLS = {"pass": "✓ pass", "warn": "! warn", "fail": "✗ fail", "inconclusive": "? inconclusive"}
 
 
 @dataclass(frozen=True)
@@ -343,13 +343,12 @@ def _identity(release: ReportData) -> str:
             "Evaluated engine",
             f"{staged.engine}, tensor parallel {staged.tensor_parallel}, ready in {staged.ready_seconds:.1f} s",
         ),
-        ("Can be served at", "tensor parallel " + ", ".join(map(str, release.plan.tensor_parallel))),
+        ("Experts divide at", "tensor parallel " + ", ".join(map(str, release.plan.tensor_parallel))),
         *release.versions.items(),
     ]
     table = "".join(f'<tr><td>{escape(k)}</td><td class="mono">{escape(v)}</td></tr>' for k, v in rows)
     checks = "".join(
-        f'<tr><td><span class="tag '
-        f'{"pass" if c.passed else "fail"}">{SYMBOLS["pass" if c.passed else "fail"]}</span></td>'
+        f'<tr><td><span class="tag {c.outcome}">{SYMBOLS[c.outcome]}</span></td>'
         f"<td>{escape(c.name)}<small>{escape(c.detail)}</small></td></tr>"
         for c in release.verification.checks
     )

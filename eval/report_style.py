@@ -7,7 +7,7 @@ CSS = """
     --grid: #ecece8;
   --source: #8b95a1; --quantized: #1f6feb; --kept: #c9ced4; --first: #0f766e; --second: #5fb3a8; --on: #ffffff;
   --pass: #1a7f4b; --pass-bg: #eaf5ee; --fail: #b3261e; --fail-bg: #fbecea; --inconclusive: #8a5a00;
-    --inconclusive-bg: #fbf3e0;
+    --inconclusive-bg: #fbf3e0; --warn: #a04a00;
   --h0: #c0392b; --h1: #e4ecf7; --h2: #c6d8f0; --h3: #9dbde6; --h4: #6d9dd9; --h5: #3f7cc7; --h6: #1f5aa8;
     --h7: #123b78;
 }
@@ -17,7 +17,7 @@ CSS = """
       --grid: #262b31;
     --source: #7d8792; --quantized: #5b9dff; --kept: #3b424a; --first: #2aa79a; --second: #a5e6dd; --on: #0b1a18;
     --pass: #5fcf93; --pass-bg: #14281d; --fail: #ff8a80; --fail-bg: #341917; --inconclusive: #f0b94b;
-      --inconclusive-bg: #2e2410;
+      --inconclusive-bg: #2e2410; --warn: #ffa066;
     --h0: #e5534b; --h1: #1d2a3c; --h2: #213a5c; --h3: #28507f; --h4: #336aa8; --h5: #4888cf; --h6: #74abea;
       --h7: #b3d3fb;
   }
@@ -51,7 +51,8 @@ pre { background: var(--panel); border: 1px solid var(--rule); border-radius: 6p
 .verdict.inconclusive { background: var(--inconclusive-bg); border-color: var(--inconclusive); }
 .verdict.inconclusive strong { color: var(--inconclusive); }
 .tag { font-weight: 600; white-space: nowrap; }
-.tag.pass { color: var(--pass); } .tag.fail { color: var(--fail); } .tag.inconclusive { color: var(--inconclusive); }
+.tag.pass { color: var(--pass); } .tag.warn { color: var(--warn); }
+.tag.fail { color: var(--fail); } .tag.inconclusive { color: var(--inconclusive); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; margin: 10px 0 8px; font-size: 15px;
   font-variant-numeric: tabular-nums; }

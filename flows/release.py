@@ -95,12 +95,12 @@ def plan_tensors(work: Release) -> Plan:
 @task(cache_policy=NO_CACHE)
 def quantize_experts(work: Release, plan: Plan) -> Quantized:
     from lightship.flows.cluster import quantize
-    from lightship.quant.quantize import describe_finished
+    from lightship.quant.quantize import take_finished
 
     def run() -> Quantized:
         # A checkpoint under its name is whole: the release was stopped before it noted that.
         if work.checkpoint_dir.is_dir():
-            return describe_finished(work.checkpoint_dir)
+            return take_finished(work.checkpoint_dir)
         return quantize(work.source, plan, work.recipe, work.checkpoint_dir)
 
     return work.stage("quantized", Quantized, run)

@@ -1,4 +1,4 @@
-"""What a planned result asks of machines: which degrees divide it, how it fits on GPUs, what making it takes in memory.
+"""What a planned result asks of machines: how it fits on GPUs, what making it takes in memory.
 
 All from headers and the family's declaration; nothing is measured here.
 """
@@ -8,11 +8,8 @@ import math
 from lightship.census import SCALE, Census
 from lightship.checkpoint import Checkpoint
 from lightship.recipe import Quantization
-from lightship.records import Degree, Fit, Need, Plan
-from lightship.w4afp8 import GROUP, tensor_parallel_degrees
-from lightship.weights import Weight
+from lightship.records import Fit, Need, Plan
 
-DEGREES = (1, 2, 4, 8, 16, 32)
 SERVED_AT = 8
 """The degree at which the fit is computed: one node."""
 MIB = 1 << 20
@@ -30,31 +27,6 @@ STASHED = 4
 """Tensors [tokens, hidden] that are alive at once between blocks."""
 INTERPRETER = 2_000_000_000
 """Python, torch, transformers and a CUDA context on the host."""
-
-
-def degrees_of(checkpoint: Checkpoint, taken: Census) -> list[Degree]:
-    """Each degree from 1 to 32 and what it cannot divide; multi-token-prediction layers are as the last layer."""
-    kinds: dict[tuple[str, tuple[int, ...]], Weight] = {}
-    for weight in taken.expected.values():
-        if weight.linear and weight.part != "routed experts":
-            kinds.setdefault((weight.name.split(".", 3)[-1], weight.shape), weight)
-    possible = tensor_parallel_degrees(checkpoint.dimensions.moe_intermediate_size)
-    return [
-        Degree(
-            tp=tp,
-            experts=tp in possible,
-            refused_by=[_refusal(weight, tp) for weight in kinds.values() if not weight.divides_at(tp)],
-        )
-        for tp in DEGREES
-    ]
-
-
-def _refusal(weight: Weight, tp: int) -> str:
-    assert weight.split is not None
-    side = weight.shape[weight.split]
-    if weight.pieces != side and weight.pieces % tp:
-        return f"{weight.name}: {weight.pieces} heads / {tp}"
-    return f"{weight.name}: {side} / {tp} = {side / tp:g} is no multiple of {GROUP}"
 
 
 def weight_bytes_at(plan: Plan, taken: Census, tp: int) -> int:

@@ -13,6 +13,9 @@ from lightship.w4afp8 import INT4_MAX, INT4_MIN
 BLOCK = 128
 """Columns whose share of R H is computed at once, and kept up to date among themselves."""
 
+PART = 16
+"""Columns of a block after which it is brought up to date for the rest of the block."""
+
 
 def descend(
     w_OI: torch.Tensor,
@@ -54,11 +57,15 @@ def _sweep_block(
     scale_bO: torch.Tensor,
     damped_bb: torch.Tensor,
 ) -> None:
-    """Round a block's columns anew, in place; its residual and its gradient R H follow."""
+    """Round a block's columns anew, in place; its residual and its gradient R H follow, a PART of it at a time."""
     step_bO = damped_bb.diagonal()[:, None] * scale_bO
-    for i, (q_O, gradient_O, scale_O) in enumerate(zip(q_bO, gradient_bO, scale_bO, strict=True)):
-        new_O = (gradient_O / step_bO[i]).add_(q_O).round_().clamp_(INT4_MIN, INT4_MAX)
-        change_O = (q_O - new_O).mul_(scale_O)
-        q_O.copy_(new_O)
-        residual_bO[i] += change_O
-        gradient_bO[i + 1 :].addr_(damped_bb[i, i + 1 :], change_O)
+    change_bO = torch.empty_like(q_bO)
+    for start in range(0, len(q_bO), PART):
+        end = min(start + PART, len(q_bO))
+        for i in range(start, end):
+            new_O = (gradient_bO[i] / step_bO[i]).add_(q_bO[i]).round_().clamp_(INT4_MIN, INT4_MAX)
+            change_bO[i] = (q_bO[i] - new_O).mul_(scale_bO[i])
+            q_bO[i] = new_O
+            gradient_bO[i + 1 : end].addr_(damped_bb[i, i + 1 : end], change_bO[i])
+        gradient_bO[end:].addmm_(damped_bb[end:, start:end], change_bO[start:end])
+    residual_bO += change_bO

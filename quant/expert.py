@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 
 from lightship.experts import gated
-from lightship.quant.rounding import Int4Weight, output_error, relative_error, rounding_for, tensor_cores
+from lightship.quant.rounding import Int4Weight, output_error, relative_error, restore, rounding_for, tensor_cores
 from lightship.recipe import Quantization, RoundingSettings
 from lightship.records import ExpertRounding
-from lightship.w4afp8 import dequantize_int4, pack_int4, round_through_fp8, token_scales
+from lightship.w4afp8 import pack_int4, round_through_fp8, token_scales
 
 CHUNK = 16384
 """Tokens that are multiplied at once."""
@@ -44,7 +44,7 @@ class RoundedExpert:
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
         """What the int4 weights stand for."""
-        return ExpertWeights(_restored(self.w13, dtype), _restored(self.w2, dtype))
+        return ExpertWeights(restore(self.w13, dtype), restore(self.w2, dtype))
 
 
 def round_tokens_through_fp8(x_TI: torch.Tensor) -> torch.Tensor:
@@ -105,7 +105,7 @@ class ExpertRounder:
         w13, w13_how, w13_output_error = self._round(weights.w13_2IH, hessian_HH)
         del hessian_HH
         if informed:
-            replayed = ExpertWeights(_restored(w13, x_tH.dtype), weights.w2_HI)
+            replayed = ExpertWeights(restore(w13, x_tH.dtype), weights.w2_HI)
             hessian_II = _hessian(intermediate(replayed, x_tH, round_tokens_through_fp8), importance_t1)
             if topped_up:
                 prior_tI = intermediate(replayed, self._prior_TH, round_tokens_through_fp8)
@@ -151,10 +151,6 @@ class ExpertRounder:
 def packed(rounded: Int4Weight) -> tuple[torch.Tensor, torch.Tensor]:
     """What goes to disk: int8 [out, in / 2] and bf16 [out, in / 128], on the CPU."""
     return pack_int4(rounded.q_OI).cpu(), rounded.scale_OG.cpu()
-
-
-def _restored(rounded: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
-    return dequantize_int4(pack_int4(rounded.q_OI), rounded.scale_OG, dtype)
 
 
 def _hessian(x_tI: torch.Tensor, importance_t1: torch.Tensor | None) -> torch.Tensor:

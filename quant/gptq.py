@@ -16,8 +16,8 @@ from lightship.quant.mse import best_scales, round_mse
 from lightship.quant.rounding import Int4Weight, runs_triton
 from lightship.w4afp8 import GROUP, INT4_MAX, INT4_MIN
 
-BLOCK = 128
-"""Columns after which the compensation is carried over to all columns that are left."""
+BLOCKS = (128, 16)
+"""Columns after which the compensation is carried over to all that are left, and to those that are left of the 128."""
 
 SMALL = 1024
 """Triangles up to this size are inverted by one solve; larger ones by halves, which is matrix products for the most."""
@@ -114,23 +114,27 @@ def round_columns(
         from lightship.quant.gptq_triton import round_columns as round_columns_on_gpu
 
         return round_columns_on_gpu(w_OI, scale_OG, group_I, upper_II)
-    w_IO = w_OI.T.contiguous()
-    scale_IO = scale_OG.float().T[group_I]
-    q_IO = torch.empty_like(w_IO)
-    for start in range(0, len(w_IO), BLOCK):
-        block = slice(start, start + BLOCK)
-        q_IO[block], error_bO = _round_block(w_IO[block], scale_IO[block], upper_II[block, block])
-        w_IO[block.stop :].addmm_(upper_II[block, block.stop :].T, error_bO, alpha=-1)
+    q_IO, _ = _round_rows(w_OI.T.contiguous(), scale_OG.float().T[group_I], upper_II)
     return q_IO.T.to(torch.int8)
 
 
-def _round_block(
-    w_bO: torch.Tensor, scale_bO: torch.Tensor, upper_bb: torch.Tensor
+def _round_rows(
+    w_IO: torch.Tensor, scale_IO: torch.Tensor, upper_II: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a block's columns in order, compensating within it; returns them and each one's error over its diagonal."""
-    q_bO, error_bO = torch.empty_like(w_bO), torch.empty_like(w_bO)
-    for i, (w_O, scale_O, upper_b) in enumerate(zip(w_bO, scale_bO, upper_bb, strict=True)):
-        q_bO[i] = (w_O / scale_O).round_().clamp_(INT4_MIN, INT4_MAX)
-        error_bO[i] = (w_O - q_bO[i] * scale_O).div_(upper_b[i])
-        w_bO[i + 1 :].addr_(upper_b[i + 1 :], error_bO[i], alpha=-1)
-    return q_bO, error_bO
+    """Round the transposed weight's rows in order; returns them, and each one's error over its diagonal.
+
+    In blocks of blocks: the rows after a block are compensated for all of it at once.
+    """
+    q_IO, error_IO = torch.empty_like(w_IO), torch.empty_like(w_IO)
+    size = next((size for size in BLOCKS if size < len(w_IO)), None)
+    if size is None:
+        for i, (w_O, scale_O, upper_I) in enumerate(zip(w_IO, scale_IO, upper_II, strict=True)):
+            q_IO[i] = (w_O / scale_O).round_().clamp_(INT4_MIN, INT4_MAX)
+            error_IO[i] = (w_O - q_IO[i] * scale_O).div_(upper_I[i])
+            w_IO[i + 1 :].addr_(upper_I[i + 1 :], error_IO[i], alpha=-1)
+        return q_IO, error_IO
+    for start in range(0, len(w_IO), size):
+        block = slice(start, start + size)
+        q_IO[block], error_IO[block] = _round_rows(w_IO[block], scale_IO[block], upper_II[block, block])
+        w_IO[block.stop :].addmm_(upper_II[block, block.stop :].T, error_IO[block], alpha=-1)
+    return q_IO, error_IO

@@ -16,7 +16,7 @@ from typing import TypeVar
 import msgspec
 
 from lightship.errors import LightshipError
-from lightship.files import read_json, write_json
+from lightship.files import fsync, read_json, write_json
 from lightship.quant.layout import refusing_a_full_disk, write_at
 from lightship.records import Record
 
@@ -57,6 +57,7 @@ class Journal:
         if self._file is None:
             path = self.directory / f"journal-{socket.gethostname()}-{os.getpid()}.jsonl"
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+            fsync(self.directory)
             # What a process of the same name left torn is ended, so that it spoils no line of ours.
             if end := os.lseek(self._file, 0, os.SEEK_END):
                 write_at(self._file, b"\n", end)

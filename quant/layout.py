@@ -18,6 +18,7 @@ import torch
 
 from lightship.checkpoint import INDEX
 from lightship.errors import LightshipError
+from lightship.files import fsync
 from lightship.quant.plan import PlannedOutput
 from lightship.shards import BYTES_OF, torch_dtype
 from lightship.summary import size
@@ -97,6 +98,8 @@ class Shards:
                     f"{self.directory} has no room for the result: it takes {size(self.nbytes)}, {size(free)} is free "
                     "there; free some or name a directory on another disk"
                 ) from None
+        if made:
+            fsync(self.directory)
         return made
 
     def write(self, name: str, tensor: torch.Tensor) -> None:

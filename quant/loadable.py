@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lightship.checkpoint import EXPERT, Checkpoint
+from lightship.quant.degrees import degrees_of
 from lightship.quant.findings import Findings
 from lightship.quant.mispacking import shapes_that_fit
-from lightship.records import Check
+from lightship.records import Check, Degree
 from lightship.shards import TensorInfo
-from lightship.w4afp8 import GROUP, tensor_parallel_degrees
+from lightship.w4afp8 import GROUP
 
 INPUT_SCALES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 """SGLang's names in `input_scale`."""
 HF_QUANT_CONFIG = "hf_quant_config.json"
-DEGREES = (1, 2, 4, 8, 16)
 EXPECTED_DEGREE = 8
 """Eight GPUs a node is what W4AFP8 is for: one node of H100 or H200."""
 SCALE_DTYPES = ("BF16", "F32")
@@ -29,7 +29,7 @@ LINEAR = re.compile(
 )
 """Linears other than the experts that SGLang builds with its FP8 method: all of a layer's, without the MTP layer's
 `eh_proj` and the indexer's `weights_proj`."""
-NEVER_QUANTIZED = re.compile(r".*(\.mlp\.gate|norm|embed_tokens|lm_head|\bhead)\.weight$")
+NEVER_QUANTIZED = re.compile(r".*(\.mlp\.gate|norm|embed_tokens|lm_head|\bhead|\.eh_proj)\.weight$")
 
 
 def setting(config: dict[str, Any], name: str) -> Any:
@@ -199,17 +199,24 @@ def _is_int4(checkpoint: Checkpoint, layer: str) -> bool:
 
 
 def check_tensor_parallel(checkpoint: Checkpoint) -> Check:
-    """The degrees at which every rank's part of an expert is whole groups; SGLang does not check it."""
+    """The degrees at which every rank's part is whole groups of the experts, and whole blocks of the other linears."""
     found = Findings("tensor parallel")
-    size = checkpoint.dimensions.moe_intermediate_size
-    possible = [tp for tp in tensor_parallel_degrees(size) if tp in DEGREES]
-    table = ", ".join(f"TP {tp} {'yes' if tp in possible else 'NO'}" for tp in DEGREES)
-    why = f"moe_intermediate_size {size} / TP must be a multiple of {GROUP}, or scales misalign without an error"
-    if not possible:
-        found.fail(f"no degree works: {why}")
-    elif EXPECTED_DEGREE not in possible:
-        found.warn(f"{table}: {why}")
+    degrees = degrees_of(checkpoint.architecture.weights(checkpoint.config).values())
+    table = ", ".join(f"TP {degree.tp} {'yes' if degree.possible else 'NO'}" for degree in degrees)
+    expected = next(degree for degree in degrees if degree.tp == EXPECTED_DEGREE)
+    if not any(degree.possible for degree in degrees):
+        found.fail(f"no degree works: {'; '.join(_obstacles(degrees[0]))}")
+    elif not expected.possible:
+        found.warn(f"{table}; at TP {EXPECTED_DEGREE}: {'; '.join(_obstacles(expected))}")
     return found.check(table)
+
+
+def _obstacles(degree: Degree) -> Iterator[str]:
+    """The first of each part, with what SGLang makes of it."""
+    for part, obstacles in degree.obstacles.items():
+        if obstacles:
+            served = "the scales misalign without an error" if part == "routed experts" else "SGLang refuses it"
+            yield f"{obstacles[0]} ({served})"
 
 
 def check_linears(checkpoint: Checkpoint) -> Check:
@@ -221,7 +228,10 @@ def check_linears(checkpoint: Checkpoint) -> Check:
             continue
         if NEVER_QUANTIZED.match(name):
             if info.dtype not in FLOATS:
-                found.fail(f"{name} is {info.dtype}: SGLang reads it unquantized")
+                found.fail(
+                    f"{name} is {info.dtype}: SGLang reads it unquantized, without its scales; write it again in BF16, "
+                    "each value times the scale of its block"
+                )
         elif LINEAR.match(name) or info.dtype.startswith("F8_"):
             linears += 1
             _check_linear(checkpoint, found, info)

@@ -15,6 +15,7 @@ import msgspec
 from lightship.census import SCALE, Census, blocks_of, census
 from lightship.checkpoint import EXPERT, Checkpoint
 from lightship.errors import CheckpointError
+from lightship.quant.degrees import degrees_of
 from lightship.records import Action, Plan, PlannedTensor
 from lightship.shards import BYTES_OF, TensorInfo
 from lightship.w4afp8 import GROUP, tensor_parallel_degrees
@@ -44,7 +45,8 @@ def plan_quantization(checkpoint: Checkpoint) -> Plan:
 
     Raises:
         CheckpointError: the checkpoint has no routed experts or lacks other tensors that its architecture needs, they
-            are quantized otherwise, or the experts' sizes are not whole groups of 128.
+            are quantized otherwise or where they must not be, or SGLang could serve the result at no degree of tensor
+            parallelism.
     """
     sizes = checkpoint.dimensions
     layers = checkpoint.expert_layers()
@@ -65,9 +67,11 @@ def plan_quantization(checkpoint: Checkpoint) -> Plan:
             )
     taken = census(checkpoint)
     for name, weight in taken.expected.items():
-        if weight.linear and name in checkpoint.tensors:
-            _check_dtype(checkpoint, checkpoint.tensors[name])
+        if name in checkpoint.tensors:
+            check = _check_linear if weight.linear else _check_unquantized
+            check(checkpoint, checkpoint.tensors[name])
     _check_complete(checkpoint, taken)
+    _check_servable(checkpoint, taken)
     return Plan(
         source=str(checkpoint.path),
         tensors=[_plan_tensor(checkpoint, taken, info) for info in checkpoint.tensors.values()],
@@ -104,7 +108,17 @@ def _outputs_of(tensor: PlannedTensor) -> list[PlannedOutput]:
     return [PlannedOutput(name, tensor.dtype, shape)]
 
 
-def _check_dtype(checkpoint: Checkpoint, info: TensorInfo) -> None:
+def _check_unquantized(checkpoint: Checkpoint, info: TensorInfo) -> None:
+    if info.dtype not in FLOATS:
+        draft = ", or leave the MTP layer out (its tensors, and config.json's num_nextn_predict_layers)"
+        raise CheckpointError(
+            f"{checkpoint.path}: {info.name} is {info.dtype}, but SGLang reads it unquantized, without its scales: "
+            "write it again in BF16, each value times the scale of its block"
+            f"{draft if info.name.endswith('.eh_proj.weight') else ''}"
+        )
+
+
+def _check_linear(checkpoint: Checkpoint, info: TensorInfo) -> None:
     if info.dtype == "I8":
         raise CheckpointError(f"{checkpoint.path}: {info.name} is int8 already; give the FP8 release it was made from")
     if info.dtype not in ("F8_E4M3", *FLOATS):
@@ -130,6 +144,18 @@ def _check_complete(checkpoint: Checkpoint, taken: Census) -> None:
         )
     for name, (shape, expected) in taken.misshapen.items():
         raise CheckpointError(f"{checkpoint.path}: {name} has shape {list(shape)}, config.json says {list(expected)}")
+
+
+def _check_servable(checkpoint: Checkpoint, taken: Census) -> None:
+    degrees = degrees_of(taken.expected.values())
+    if not any(degree.possible for degree in degrees):
+        alone = degrees[0].all_obstacles
+        more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
+        raise CheckpointError(
+            f"{checkpoint.path}: SGLang refuses this model as W4AFP8 at every degree of tensor parallelism, because it "
+            f"reads all linears as whole 128x128 FP8 blocks: {alone[0]}{more}. No recipe changes that: serve the "
+            "source as it is, or quantize a model of other sizes"
+        )
 
 
 def _plan_tensor(checkpoint: Checkpoint, taken: Census, info: TensorInfo) -> PlannedTensor:

@@ -1,6 +1,7 @@
 """Before the work: can this checkpoint be quantized on this machine, what comes out, how long does it take?
 
-Reads headers only, except for the probe, which reads shards for some seconds and rounds one expert.
+Reads of the checkpoint headers only, except for the probe, which reads shards for some seconds and rounds one expert.
+The calibration text is read as the quantization will read it, since a scene may hold less than it is asked for.
 
     lightship plan demo/checkpoint --recipe recipes/demo.toml --out-dir OUT
 """
@@ -11,16 +12,19 @@ from pathlib import Path
 import msgspec
 import torch
 
-from lightship.census import census
+from lightship.causal_lm import load_tokenizer
+from lightship.census import Census, census
 from lightship.checkpoint import Checkpoint
 from lightship.files import PARTIAL
-from lightship.quant.capacity import active_parameters, degrees_of, fits_of, gb, peak_memory
+from lightship.quant.capacity import active_parameters, fits_of, gb, peak_memory
+from lightship.quant.degrees import degrees_of
 from lightship.quant.device import choose_device, free_memory
 from lightship.quant.journal import Journal
 from lightship.quant.plan import plan_quantization
 from lightship.quant.probe import measure
 from lightship.recipe import CalibrationText, Quantization
 from lightship.records import Duration, Need, Part, Plan, Preflight, Probe
+from lightship.text import read_scenes
 
 ASSUMED_TOKENS = 131_072
 """Of calibration text, if there is no recipe."""
@@ -52,11 +56,13 @@ def preflight(
 
     Raises:
         CheckpointError: the checkpoint is incomplete, not a MoE model, or of an unknown family or format.
+        LightshipError: the calibration text is missing or too short.
     """
     plan = plan_quantization(checkpoint)
     taken = census(checkpoint)
     where = choose_device(device)
-    tokens = text.tokens_per_scene * len(text.sources) if text else ASSUMED_TOKENS
+    by_scene = _tokens_of(checkpoint, text) if text else {}
+    tokens = sum(by_scene.values()) if text else ASSUMED_TOKENS
     experts = len(plan.expert_layers) * checkpoint.dimensions.n_routed_experts
     done = min(_experts_done(out), experts) if out else 0
     on_gpu = where.type == "cuda"
@@ -81,8 +87,9 @@ def preflight(
         mtp_declared=taken.mtp_declared,
         mtp_found=taken.mtp_found,
         parts=_parts(plan),
-        degrees=degrees_of(checkpoint, taken),
+        degrees=degrees_of(taken.expected.values()),
         fits=fits_of(checkpoint, plan, taken),
+        calibration_tokens=by_scene,
         needs=needs,
         probe=measured,
         durations=durations or [],
@@ -92,7 +99,7 @@ def preflight(
         experts=experts,
         experts_done=done,
         problems=[_problem(need) for need in needs if not need.enough],
-        notes=_notes(plan, taken.unexpected, taken.mtp_declared, taken.mtp_found, tokens if text is None else None),
+        notes=_notes(plan, taken) + _text_notes(text, by_scene),
         planned=plan.tensors if tensors else [],
     )
 
@@ -168,18 +175,39 @@ def _problem(need: Need) -> str:
     return f"{need.what}: needs {gb(need.needed)} ({need.arithmetic}), {gb(need.available)} is there: {advice}"
 
 
-def _notes(plan: Plan, unexpected: list[str], declared: int, found: int, assumed_tokens: int | None) -> list[str]:
+def _tokens_of(checkpoint: Checkpoint, text: CalibrationText) -> dict[str, int]:
+    """Scene -> tokens of its sequences."""
+    scenes = read_scenes(text, load_tokenizer(checkpoint.path))
+    return {scene: sum(len(ids_S) for ids_S in sequences) for scene, sequences in scenes.items()}
+
+
+def _text_notes(text: CalibrationText | None, by_scene: dict[str, int]) -> list[str]:
+    if text is None:
+        return [f"without --recipe: method gptq and {ASSUMED_TOKENS:,} calibration tokens are assumed"]
+    asked: dict[str, int] = {}
+    for source in text.sources:
+        sequences = source.share(text.tokens_per_scene) // text.sequence_tokens
+        asked[source.scene] = asked.get(source.scene, 0) + sequences * text.sequence_tokens
+    short = [f"{scene} {given:,} of {asked[scene]:,}" for scene, given in by_scene.items() if given < asked[scene]]
+    if not short:
+        return []
+    return [
+        f"the calibration text gives {sum(by_scene.values()):,} of the {sum(asked.values()):,} tokens that the recipe "
+        f"asks for, and is used as it is: {', '.join(short)}; add text for more"
+    ]
+
+
+def _notes(plan: Plan, taken: Census) -> list[str]:
     notes = []
-    if assumed_tokens:
-        notes.append(f"without --recipe: method gptq and {assumed_tokens:,} calibration tokens are assumed")
-    if unexpected:
+    if unexpected := taken.unexpected:
         notes.append(
             f"{len(unexpected)} tensors are not in the architecture's declaration and are kept as they are: "
             f"{', '.join(unexpected[:3])}{', …' if len(unexpected) > 3 else ''}"
         )
-    if found < declared:
+    if taken.mtp_found < taken.mtp_declared:
         notes.append(
-            f"config.json declares {declared} MTP layers, the release holds {found}: a server cannot draft with them"
+            f"config.json declares {taken.mtp_declared} MTP layers, the release holds {taken.mtp_found}: a server "
+            "cannot draft with them"
         )
     if converted := [t for t in plan.tensors if t.converted]:
         notes.append(

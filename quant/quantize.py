@@ -13,8 +13,10 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -26,14 +28,14 @@ from lightship import __version__
 from lightship.causal_lm import load_tokenizer
 from lightship.checkpoint import INDEX, MANIFEST, Checkpoint
 from lightship.errors import LightshipError
-from lightship.files import clear_directory, digest_of_file, locked, publish_directory, read_json, write_json
+from lightship.files import LOCK, clear_directory, digest_of_file, locked, publish_directory, read_json, write_json
 from lightship.manifest import Manifest, describe_files, read_manifest, write_manifest
 from lightship.quant.blocks import BlockStream, MoEInputs
-from lightship.quant.device import choose_device, free_memory
+from lightship.quant.device import choose_device, free_memory, return_freed_memory
 from lightship.quant.journal import FINGERPRINT, Journal, check_fingerprint
-from lightship.quant.layer import LayerExperts
+from lightship.quant.layer import LayerExperts, expert_tensors
 from lightship.quant.layout import SHARD_BYTES, Shards, refusing_a_full_disk
-from lightship.quant.pipeline import Tensors, Writer
+from lightship.quant.pipeline import Tensors, Writer, cached_ahead
 from lightship.quant.plan import planned_outputs
 from lightship.quant.stash import Stash
 from lightship.recipe import CalibrationText, Quantization
@@ -93,6 +95,8 @@ def quantize(
 ) -> Quantized:
     """Calibrate and quantize `checkpoint` into the new directory `out`, or go on where an earlier call was stopped.
 
+    One that was stopped after it had published `out` has only left OUT.partial behind, which is then tidied up.
+
     Args:
         progress: wraps the names of the experts, to show how far it is.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
@@ -106,20 +110,24 @@ def quantize(
         LightshipError: `out` exists, OUT.partial was begun with other inputs, a text is missing or too short, the disk
             is full.
     """
-    if out.exists():
-        raise LightshipError(f"{out} exists; remove it or name another directory")
     start = time.monotonic()
     checkpoint.transformers_config()
     where = choose_device(device)
+    text_digest = digest_of_text(text.sources)
+    fingerprint = _fingerprint(checkpoint, text, text_digest, settings, where, shard_bytes)
+    work = work_directory(out)
+    if out.exists():
+        if not _has_published(work, fingerprint):
+            raise LightshipError(f"{out} exists; remove it or name another directory")
+        return take_finished(out)
+    return_freed_memory()
     tokenizer = load_tokenizer(checkpoint.path)
     scenes = read_scenes(text, tokenizer)
-    text_digest = digest_of_text(text.sources)
-    work = work_directory(out)
     with refusing_a_full_disk(work), locked(work, wait=False):
         if not (work / RESULT).is_dir() and ((work / FINGERPRINT).is_file() or Journal(work).done):
             # The result of this work was published, and the process ended before it could tidy up, or while it did.
             clear_directory(work)
-        check_fingerprint(work, _fingerprint(checkpoint, text, text_digest, settings, where, shard_bytes))
+        check_fingerprint(work, fingerprint)
         run = _Run(checkpoint, plan, settings, text, scenes, work, where, stash_memory, shard_bytes, cluster)
         experts_resumed = run.experts_done
         try:
@@ -133,7 +141,7 @@ def quantize(
             layers=layers,
         )
         manifest_digest = _finish(checkpoint, run.shards, calibration, settings, out)
-        shutil.rmtree(work)
+        _tidy_up(work)
     return Quantized(
         path=str(out),
         method=settings.method,
@@ -145,15 +153,20 @@ def quantize(
     )
 
 
-def describe_finished(out: Path) -> Quantized:
+def take_finished(out: Path) -> Quantized:
     """The record of a checkpoint that `quantize` has published, for a caller that was stopped before it had it.
 
+    What the stopped process has left of OUT.partial is removed.
+
     Raises:
-        LightshipError: `out` is not such a checkpoint.
+        LightshipError: `out` is not such a checkpoint, or a process is working on it.
     """
     manifest = read_manifest(out)
     calibration = read_json(out / CALIBRATION, Calibration)
     experts = sum(len(layer.experts) for layer in calibration.layers)
+    if (work := work_directory(out)).is_dir():
+        with locked(work, wait=False):
+            _tidy_up(work)
     return Quantized(
         path=str(out),
         method=manifest.quantization["method"],
@@ -204,7 +217,8 @@ class _Run:
         self.blocks = BlockStream(checkpoint, device, self.dtype)
         hidden = checkpoint.dimensions.hidden_size
         memory = free_memory() // 2 if stash_memory is None else stash_memory
-        self.stash = Stash(work / STASH, self.ids_BS.numel(), hidden, self.dtype, memory)
+        self.stash = Stash(work / STASH, self.ids_BS.numel(), hidden, self.dtype, memory, device)
+        self._left = (-1, torch.empty(0))
 
     @property
     def experts_done(self) -> int:
@@ -230,26 +244,39 @@ class _Run:
                 writer.put("model", self._copied(None))
             for number in range(blocks):
                 if _unit(number) not in self.journal.done:
-                    self._block(number, writer, lambda: next(ticks, None))
+                    self._block(number, number == blocks - 1, writer, lambda: next(ticks, None))
             writer.flush()
         next(ticks, None)
         moe = [_unit(Checkpoint.layer_number(layer)) for layer in self.plan.expert_layers]
         return [self.journal.record(unit, LayerCalibration) for unit in moe]
 
-    def _block(self, number: int, writer: Writer, tick: Callable[[], object]) -> None:
+    def _block(self, number: int, last: bool, writer: Writer, tick: Callable[[], object]) -> None:
         entering_TH = self._entering(number)
         leaving_TH = self.stash.empty(f"hidden-{number + 1}")
-        inputs = self._forward(number, entering_TH, leaving_TH)
-        record = None
-        tensors = list[Tensors]()
-        if inputs:
-            record, scales = self._experts(number, inputs, leaving_TH, writer, tick)
-            tensors.append(scales)
-        self.stash.save(f"hidden-{number + 1}", leaving_TH)
-        writer.put(_unit(number), _chain([*tensors, self._copied(number)]), record)
-        writer.flush()
-        self.stash.remove(f"hidden-{number}")
+        if (beside := _beside_experts(number)) not in self.journal.done:
+            writer.put(beside, self._copied(number))
+        with self._caching_experts(number):
+            inputs = self._forward(number, entering_TH, leaving_TH)
+        record, scales = self._experts(number, inputs, leaving_TH, writer, tick) if inputs else (None, [])
         self.stash.remove("moe")
+        self._left = number + 1, leaving_TH
+        writer.put(
+            _unit(number),
+            scales,
+            record,
+            before=lambda: None if last else self.stash.save(f"hidden-{number + 1}", leaving_TH),
+            after=lambda: self.stash.remove(f"hidden-{number}"),
+        )
+
+    def _caching_experts(self, number: int) -> AbstractContextManager[None]:
+        """Meanwhile have the system's page cache read the block's experts, as many as fit into half of free memory."""
+        name = f"{_unit(number)}.mlp"
+        experts = range(self.checkpoint.dimensions.n_routed_experts if name in self.plan.expert_layers else 0)
+        left = [e for e in experts if f"{name}.experts.{e}" not in self.journal.done]
+        tensors = [tensor for e in left for tensor in expert_tensors(self.checkpoint, name, e)]
+        ends = accumulate(self.checkpoint.info(tensor).nbytes for tensor in tensors)
+        room = free_memory() // 2
+        return cached_ahead(self.reader.read, [t for t, end in zip(tensors, ends, strict=True) if end <= room])
 
     def _entering(self, number: int) -> torch.Tensor:
         """Hidden states [T, H] before block `number`: embeddings, or what the block before left."""
@@ -260,7 +287,9 @@ class _Run:
                 for rows, ids_bS in self._batches(self.ids_BS):
                     entering_TH[rows] = embed(ids_bS.to(self.device)).flatten(0, 1).to(entering_TH.device)
             return entering_TH
-        left_TH = self.stash.load(f"hidden-{number}")
+        at, left_TH = self._left
+        if at != number:
+            left_TH = self.stash.load(f"hidden-{number}")
         if number < self.blocks.main_layers:
             return left_TH
         entering_TH = self.stash.empty("mtp")
@@ -289,7 +318,8 @@ class _Run:
                     if not seen:
                         x_TH = self.stash.empty("moe")
                     x_TH[rows] = inputs.x_TH.to(x_TH.device)
-                    seen.append(MoEInputs(x_TH, inputs.experts_TK.cpu(), inputs.weights_TK.cpu()))
+                    routing = inputs.experts_TK.to(x_TH.device), inputs.weights_TK.to(x_TH.device)
+                    seen.append(MoEInputs(x_TH, *routing))
         if not seen:
             return None
         experts_TK, weights_TK = torch.cat([s.experts_TK for s in seen]), torch.cat([s.weights_TK for s in seen])
@@ -310,7 +340,6 @@ class _Run:
         replayed = experts.replay(writer, self.replay_quantized, tick)
         for rows in _chunks(len(leaving_TH)):
             leaving_TH[rows] += replayed.routed_TH[rows].to(leaving_TH)
-        writer.flush()
         record = LayerCalibration(
             layer_name=name,
             w13_input=w13_input,
@@ -369,6 +398,23 @@ class _Run:
 def work_directory(out: Path) -> Path:
     """Where the work on `out` lies until it is whole."""
     return out.with_name(out.name + ".partial")
+
+
+def _has_published(work: Path, fingerprint: dict[str, str]) -> bool:
+    """Whether this work directory is what a run with these inputs leaves when its result is out."""
+    mark = work / FINGERPRINT
+    return mark.is_file() and read_json(mark, dict[str, str]) == fingerprint and not (work / RESULT).exists()
+
+
+def _tidy_up(work: Path) -> None:
+    """Remove the work directory, last what tells the same command that its result is out."""
+    last = [work / LOCK, work / FINGERPRINT]
+    for entry in [*(set(work.iterdir()) - set(last)), *last]:
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+    work.rmdir()
 
 
 def quantization_config() -> dict[str, Any]:
@@ -455,14 +501,13 @@ def _unit(number: int) -> str:
     return f"model.layers.{number}"
 
 
+def _beside_experts(number: int) -> str:
+    return f"{_unit(number)} beside its experts"
+
+
 def _block_of(name: str) -> int | None:
     """The number of the block to which a tensor belongs."""
     return Checkpoint.layer_number(name) if ".layers." in name else None
-
-
-def _chain(parts: Iterable[Tensors]) -> Tensors:
-    for part in parts:
-        yield from part
 
 
 def _chunks(rows: int) -> Iterator[slice]:

@@ -48,9 +48,9 @@ def round_with_scales(w_OI: torch.Tensor, scale_OG: torch.Tensor) -> Int4Weight:
     return Int4Weight(q_OGg.flatten(-2).to(torch.int8), scale_OG)
 
 
-def restore(rounded: Int4Weight) -> torch.Tensor:
-    """The float32 weight [out, in] that a rounded one stands for."""
-    return (rounded.q_OI.unflatten(-1, (-1, GROUP)) * rounded.scale_OG.float()[..., None]).flatten(-2)
+def restore(rounded: Int4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight [out, in] in `dtype` that a rounded one stands for."""
+    return (rounded.q_OI.unflatten(-1, (-1, GROUP)) * rounded.scale_OG.to(dtype)[..., None]).flatten(-2)
 
 
 def group_amax(w_OI: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,12 @@ os.environ.update(
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="120",
 )
 
+import torch
+
+if not torch.cuda.is_available():
+    # Before transformers imports triton: its kernels are then interpreted, see test_rounding_triton.py.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import json
 import shutil
 from collections.abc import Callable, Iterable

@@ -82,7 +82,9 @@ def test_plan_prints_sizes_and_writes_json(fp8: Path, tmp_path: Path) -> None:
     assert "routed experts, int4 group 128" in done.stdout
     assert "-48.4%" in done.stdout
     degrees = json.loads((tmp_path / "plan.json").read_text())["degrees"]
-    assert [d["tp"] for d in degrees if d["experts"]] == [1, 2]
+    assert [d["tp"] for d in degrees if not d["obstacles"]["routed experts"]] == [1, 2]
+    assert [d["tp"] for d in degrees if not d["obstacles"]["attention"]] == [1], "a head's queries are 192 rows"
+    assert re.search(r"^TP +attention +dense MLP +routed experts +shared experts +all ", done.stdout, re.MULTILINE)
 
 
 def test_quantize_then_verify(fp8: Path, recipe: Path, tmp_path: Path) -> None:

@@ -10,11 +10,17 @@ from torch.nn import functional as F
 
 from lightship.checkpoint import Checkpoint
 from lightship.errors import CheckpointError, ServingError
-from lightship.experts import FP8Experts, TensorParallel, W4AFP8Experts
+from lightship.experts import BF16Experts, FP8Experts, TensorParallel, W4AFP8Experts
 from lightship.w4afp8 import dequantize_fp8_blocks, dequantize_int4, round_groups_through_fp8, round_through_fp8
+from tests.quant.test_verify import as_bf16
 
 LAYER = "model.layers.1.mlp"
 TOKENS, HIDDEN, EXPERTS = 37, 128, 8
+
+
+@pytest.fixture(scope="module")
+def bf16(fp8: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return as_bf16(fp8, tmp_path_factory.mktemp("bf16") / "tiny")
 
 
 @pytest.fixture
@@ -31,14 +37,17 @@ def naive(
 ) -> torch.Tensor:
     """One token and one expert at a time, straight from the checkpoint's tensors."""
     reader = Checkpoint.open(path).reader()
-    int4 = activations != "groups"
 
     def weight(expert: int, projection: str) -> torch.Tensor:
         name = f"{LAYER}.experts.{expert}.{projection}.weight"
-        dequantize = dequantize_int4 if int4 else dequantize_fp8_blocks
+        if activations == "untouched":
+            return reader.read(name).double()
+        dequantize = dequantize_fp8_blocks if activations == "groups" else dequantize_int4
         return dequantize(reader.read(name), reader.read(f"{name}_scale_inv"), torch.float64)
 
     def rounded(x_I: torch.Tensor, expert: int, w: str) -> torch.Tensor:
+        if activations == "untouched":
+            return x_I
         if activations == "groups":
             return round_groups_through_fp8(x_I)
         if activations == "static":
@@ -68,18 +77,27 @@ def test_fp8_experts_equal_a_naive_loop(fp8: Path, routed: tuple[torch.Tensor, t
     torch.testing.assert_close(module(*routed), naive(fp8, *routed, "groups"), rtol=1e-10, atol=1e-12)
 
 
+def test_bf16_experts_equal_a_naive_loop(bf16: Path, routed: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    module = BF16Experts.load(Checkpoint.open(bf16).reader(), LAYER, TensorParallel(), torch.float64)
+    torch.testing.assert_close(module(*routed), naive(bf16, *routed, "untouched"), rtol=1e-10, atol=1e-12)
+
+
 def test_no_tokens_give_no_output(w4afp8: Path) -> None:
     module = W4AFP8Experts.load(Checkpoint.open(w4afp8).reader(), LAYER, TensorParallel())
     empty = module(torch.zeros(0, HIDDEN), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
     assert empty.shape == (0, HIDDEN)
 
 
-def test_shards_narrow_w13_by_output_and_w2_by_input(w4afp8: Path) -> None:
-    reader = Checkpoint.open(w4afp8).reader()
-    whole = W4AFP8Experts.load(reader, LAYER, TensorParallel())
-    w13_E2IH, w2_EHI = whole.expand()
+@pytest.mark.parametrize(
+    ("experts", "checkpoint"), [(W4AFP8Experts, "w4afp8"), (FP8Experts, "fp8"), (BF16Experts, "bf16")]
+)
+def test_shards_narrow_w13_by_output_and_w2_by_input(
+    experts: type[W4AFP8Experts | FP8Experts | BF16Experts], checkpoint: str, request: pytest.FixtureRequest
+) -> None:
+    reader = Checkpoint.open(request.getfixturevalue(checkpoint)).reader()
+    w13_E2IH, w2_EHI = experts.load(reader, LAYER, TensorParallel()).expand()
     for rank in range(2):
-        shard13, shard2 = W4AFP8Experts.load(reader, LAYER, TensorParallel(rank, 2)).expand()
+        shard13, shard2 = experts.load(reader, LAYER, TensorParallel(rank, 2)).expand()
         rows = slice(128 * rank, 128 * (rank + 1))
         gate, up = w13_E2IH.chunk(2, dim=1)
         assert torch.equal(shard13, torch.cat([gate[:, rows], up[:, rows]], dim=1))

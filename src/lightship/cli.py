@@ -281,6 +281,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from lightship.tables import calibration_table, show
 
     recipe, out = load_recipe(arguments.recipe), arguments.out.absolute()
+    published = out.exists()
     checkpoint = Checkpoint.open(arguments.source)
     plan = plan_quantization(checkpoint)
     print(f"plan         {summary.sentence(plan)}", flush=True)
@@ -300,6 +301,8 @@ def _quantize(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             stash_memory=memory,
         )
+    if published:
+        print("finished     by an earlier run of this command, which was stopped when all but its tidying up was done")
     calibration = read_json(out / CALIBRATION, Calibration)
     print(f"calibration  {summary.sentence(calibration)}")
     print(f"quantized    {summary.sentence(quantized)}, in {quantized.path}\n")

@@ -154,35 +154,21 @@ class W4AFP8Experts(RoutedExperts):
             ServingError: the shard would not be whole groups of 128.
             CheckpointError: a tensor is missing or not finite.
         """
-        sizes = reader.checkpoint.dimensions
-        shard = tp.shard(sizes.moe_intermediate_size)
+        shard = tp.shard(reader.checkpoint.dimensions.moe_intermediate_size)
         packed, groups = slice(shard.start // 2, shard.stop // 2), slice(shard.start // GROUP, shard.stop // GROUP)
-        names = [f"{layer_name}.experts.{e}" for e in range(sizes.n_routed_experts)]
-
-        def gate_above_up(part: str) -> torch.Tensor:
-            return torch.stack(
-                [
-                    torch.cat(
-                        [reader.read_finite(f"{n}.{p}.{part}", shard, slice(None)) for p in ("gate_proj", "up_proj")]
-                    )
-                    for n in names
-                ]
-            )
+        w13, w2 = _read_experts(reader, layer_name, "weight", shard, packed)
+        w13_scale, w2_scale = _read_experts(reader, layer_name, "weight_scale_inv", shard, groups)
 
         def largest(*inputs: str) -> torch.Tensor:
-            return torch.stack(
-                [reader.read_finite(f"{n}.{w}.input_scale").float() for n in names for w in inputs]
-            ).max()
+            names = (f"{n}.{w}.input_scale" for n in _expert_names(reader, layer_name) for w in inputs)
+            return torch.stack([reader.read_finite(name).float() for name in names]).max()
 
-        down = "{}.down_proj.{}"
         return cls(
             {
-                "w13": gate_above_up("weight"),
-                "w13_scale": gate_above_up("weight_scale_inv").bfloat16(),
-                "w2": torch.stack([reader.read_finite(down.format(n, "weight"), slice(None), packed) for n in names]),
-                "w2_scale": torch.stack(
-                    [reader.read_finite(down.format(n, "weight_scale_inv"), slice(None), groups) for n in names]
-                ).bfloat16(),
+                "w13": w13,
+                "w13_scale": w13_scale.bfloat16(),
+                "w2": w2,
+                "w2_scale": w2_scale.bfloat16(),
                 "w13_input_scale": largest("w1", "w3"),
                 "w2_input_scale": largest("w2"),
             },
@@ -231,34 +217,11 @@ class FP8Experts(RoutedExperts):
         cls, reader: TensorReader, layer_name: str, tp: TensorParallel, dtype: torch.dtype = torch.float32
     ) -> "FP8Experts":
         """Read this rank's shard of a layer from an FP8 block checkpoint; errors as `W4AFP8Experts.load`."""
-        sizes = reader.checkpoint.dimensions
-        shard = tp.shard(sizes.moe_intermediate_size)
+        shard = tp.shard(reader.checkpoint.dimensions.moe_intermediate_size)
         blocks = slice(shard.start // GROUP, shard.stop // GROUP)
-        names = [f"{layer_name}.experts.{e}" for e in range(sizes.n_routed_experts)]
-
-        def gate_above_up(part: str, rows: slice) -> torch.Tensor:
-            return torch.stack(
-                [
-                    torch.cat(
-                        [reader.read_finite(f"{n}.{p}.{part}", rows, slice(None)) for p in ("gate_proj", "up_proj")]
-                    )
-                    for n in names
-                ]
-            )
-
-        def down(part: str, columns: slice) -> torch.Tensor:
-            return torch.stack([reader.read_finite(f"{n}.down_proj.{part}", slice(None), columns) for n in names])
-
-        return cls(
-            {
-                "w13": gate_above_up("weight", shard),
-                "w13_scale": gate_above_up("weight_scale_inv", blocks),
-                "w2": down("weight", shard),
-                "w2_scale": down("weight_scale_inv", blocks),
-            },
-            tp,
-            dtype,
-        )
+        w13, w2 = _read_experts(reader, layer_name, "weight", shard, shard)
+        w13_scale, w2_scale = _read_experts(reader, layer_name, "weight_scale_inv", blocks, blocks)
+        return cls({"w13": w13, "w13_scale": w13_scale, "w2": w2, "w2_scale": w2_scale}, tp, dtype)
 
     def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
         w13 = [dequantize_fp8_blocks(w, s, self.dtype) for w, s in zip(self.w13, self.w13_scale, strict=True)]
@@ -291,15 +254,9 @@ class BF16Experts(RoutedExperts):
         cls, reader: TensorReader, layer_name: str, tp: TensorParallel, dtype: torch.dtype = torch.float32
     ) -> "BF16Experts":
         """Read this rank's shard of a layer from a BF16 checkpoint; errors as `W4AFP8Experts.load`."""
-        sizes = reader.checkpoint.dimensions
-        shard = tp.shard(sizes.moe_intermediate_size)
-        names = [f"{layer_name}.experts.{e}" for e in range(sizes.n_routed_experts)]
-        w13 = [
-            torch.cat([reader.read_finite(f"{n}.{p}.weight", shard, slice(None)) for p in ("gate_proj", "up_proj")])
-            for n in names
-        ]
-        w2 = [reader.read_finite(f"{n}.down_proj.weight", slice(None), shard) for n in names]
-        return cls({"w13": torch.stack(w13), "w2": torch.stack(w2)}, tp, dtype)
+        shard = tp.shard(reader.checkpoint.dimensions.moe_intermediate_size)
+        w13, w2 = _read_experts(reader, layer_name, "weight", shard, shard)
+        return cls({"w13": w13, "w2": w2}, tp, dtype)
 
     def expand(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.w13.to(self.dtype), self.w2.to(self.dtype)
@@ -327,6 +284,25 @@ def load_experts(
             return FP8Experts.load(reader, layer_name, tp, dtype)
         case _:
             return BF16Experts.load(reader, layer_name, tp, dtype)
+
+
+def _read_experts(
+    reader: TensorReader, layer_name: str, part: str, rows: slice, columns: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rank's part of all experts' `weight` or `weight_scale_inv`: gate above up [E, 2 rows, …], down [E, …, columns].
+
+    `rows` of gate and up and `columns` of down are where the rank's intermediate features lie, in the tensors' units.
+    """
+    w13, w2 = [], []
+    for name in _expert_names(reader, layer_name):
+        above = [reader.read_finite(f"{name}.{p}.{part}", rows, slice(None)) for p in ("gate_proj", "up_proj")]
+        w13.append(torch.cat(above))
+        w2.append(reader.read_finite(f"{name}.down_proj.{part}", slice(None), columns))
+    return torch.stack(w13), torch.stack(w2)
+
+
+def _expert_names(reader: TensorReader, layer_name: str) -> list[str]:
+    return [f"{layer_name}.experts.{e}" for e in range(reader.checkpoint.dimensions.n_routed_experts)]
 
 
 def gated(gate_up_t2I: torch.Tensor) -> torch.Tensor:

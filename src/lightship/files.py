@@ -18,7 +18,8 @@ PARTIAL = ".partial"
 LOCK = ".lock"
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,10 +30,15 @@ def _fsync(path: Path) -> None:
 def publish_directory(partial: Path, path: Path) -> None:
     """Give a directory of finished files its name: fsync every file and the directory, rename it, fsync its parent."""
     for file in partial.iterdir():
-        _fsync(file)
-    _fsync(partial)
-    partial.rename(path)
-    _fsync(path.parent)
+        fsync(file)
+    publish_file(partial, path)
+
+
+def publish_file(partial: Path, path: Path) -> None:
+    """Give a finished file its name: fsync it, rename it, fsync its directory."""
+    fsync(partial)
+    partial.replace(path)
+    fsync(path.parent)
 
 
 @contextmanager
@@ -67,9 +73,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield partial
-        _fsync(partial)
-        partial.replace(path)
-        _fsync(path.parent)
+        publish_file(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 

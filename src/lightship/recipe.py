@@ -52,6 +52,10 @@ class TextSource(Section, frozen=True, kw_only=True):
         if self.path is not None and (self.config or self.revision or self.split):
             raise ValueError(f"the source of scene {self.scene!r}: config, revision and split belong to a dataset")
 
+    def share(self, tokens_per_scene: int) -> int:
+        """Tokens that it is asked for."""
+        return round(tokens_per_scene * self.weight)
+
 
 class RoundingSettings(Section, frozen=True, kw_only=True):
     """How a float weight becomes int4 with a scale for each group of 128 inputs."""
@@ -154,7 +158,7 @@ class FidelityText(Section, frozen=True, kw_only=True):
 
 def _check_shares(text: CalibrationText | FidelityText) -> None:
     for source in text.sources:
-        tokens = round(text.tokens_per_scene * source.weight)
+        tokens = source.share(text.tokens_per_scene)
         if tokens < text.sequence_tokens:
             raise ValueError(
                 f"scene {source.scene!r}: tokens_per_scene {text.tokens_per_scene} x weight {source.weight:g} is "

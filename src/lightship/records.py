@@ -41,7 +41,7 @@ class Plan(Record, frozen=True, kw_only=True):
     tensors: list[PlannedTensor]
     expert_layers: list[str]
     tensor_parallel: list[int]
-    """Degrees at which the result can be served."""
+    """Degrees that divide the routed experts, all that `local` asks; see `Degree` for the other parts, and SGLang."""
 
     @property
     def bytes_before(self) -> int:
@@ -78,14 +78,18 @@ class Degree(Record, frozen=True, kw_only=True):
     """A degree of tensor parallelism, and what stands in its way."""
 
     tp: int
-    experts: bool
-    """Every shard of the routed experts is whole groups of 128."""
-    refused_by: list[str]
-    """Other linears that cannot be cut into whole heads or 128x128 blocks, one of each kind with the reason."""
+    obstacles: dict[str, list[str]]
+    """Part of the model -> its linears that cannot be cut into whole heads, groups of 128 or 128x128 blocks, one of
+    each kind with the reason; empty for a part that divides."""
 
     @property
     def possible(self) -> bool:
-        return self.experts and not self.refused_by
+        return not self.all_obstacles
+
+    @property
+    def all_obstacles(self) -> list[str]:
+        """Of all parts."""
+        return [obstacle for part in self.obstacles.values() for obstacle in part]
 
 
 class Fit(Record, frozen=True, kw_only=True):
@@ -162,6 +166,8 @@ class Preflight(Record, frozen=True, kw_only=True):
     parts: list[Part]
     degrees: list[Degree]
     fits: list[Fit]
+    calibration_tokens: dict[str, int]
+    """Scene -> tokens that its text gives, read as the quantization will; empty without a recipe."""
     needs: list[Need]
     probe: Probe | None
     durations: list[Duration]

@@ -47,7 +47,7 @@ def metrics(record: Record) -> dict[str, float]:
 def _(plan: Plan) -> str:
     return (
         f"{len(plan.expert_layers)} MoE layers; {size(plan.bytes_before)} -> {size(plan.bytes_after)}, "
-        f"routed experts -{plan.experts_shrink:.1%}; serves at TP {', '.join(map(str, plan.tensor_parallel))}"
+        f"routed experts -{plan.experts_shrink:.1%}; experts divide at TP {', '.join(map(str, plan.tensor_parallel))}"
     )
 
 
@@ -94,7 +94,7 @@ def _some(names: list[str]) -> str:
 
 @sentence.register
 def _(quantized: Quantized) -> str:
-    resumed = f"; {quantized.experts_resumed:,} were finished before" if quantized.experts_resumed else ""
+    resumed = f", {quantized.experts_resumed:,} of them finished before" if quantized.experts_resumed else ""
     return f"{quantized.method}; {quantized.experts:,} experts{resumed}; {size(quantized.bytes_total)}"
 
 

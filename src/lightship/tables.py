@@ -79,12 +79,15 @@ def tensor_table(tensors: list[PlannedTensor]) -> Table:
 
 
 def degrees_table(preflight: Preflight) -> Table:
-    """Which degrees of tensor parallelism divide the result."""
-    table = _table("TP", "experts", "all linears", "first obstacle")
+    """Which degrees of tensor parallelism divide each part of the result, and so all of it."""
+    parts = list(preflight.degrees[0].obstacles)
+    table = _table("TP", *parts, "all", "first obstacle")
     for degree in preflight.degrees:
-        marks = ["[green]yes[/]" if ok else "[red]no[/]" for ok in (degree.experts, degree.possible)]
-        more = f" and {len(degree.refused_by) - 1} more" if len(degree.refused_by) > 1 else ""
-        table.add_row(str(degree.tp), *marks, degree.refused_by[0] + more if degree.refused_by else "-")
+        divided = [not degree.obstacles[part] for part in parts]
+        marks = ["[green]yes[/]" if ok else "[red]no[/]" for ok in (*divided, degree.possible)]
+        found = degree.all_obstacles
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        table.add_row(str(degree.tp), *marks, found[0] + more if found else "-")
     return table
 
 

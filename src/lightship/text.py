@@ -38,7 +38,7 @@ def read_scenes(text: CalibrationText | FidelityText, tokenizer: Any) -> "dict[s
     """
     scenes: dict[str, list[torch.Tensor]] = {}
     for source in text.sources:
-        tokens = round(text.tokens_per_scene * source.weight)
+        tokens = source.share(text.tokens_per_scene)
         scenes.setdefault(source.scene, []).extend(read_sequences(source, tokenizer, tokens, text.sequence_tokens))
     return scenes
 

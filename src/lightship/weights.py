@@ -32,6 +32,8 @@ class Weight:
     """Into how many equal pieces that dimension can be cut: heads, features, rows of the vocabulary."""
     repeats: bool = False
     """With more ranks than pieces, several ranks hold the same piece, as of key and value heads."""
+    merged: bool = False
+    """SGLang stacks it with others into one linear, in which each must be whole blocks even on a single rank."""
     optional: bool = False
     """A release may leave it out: shared with another tensor, or never read."""
 
@@ -39,13 +41,16 @@ class Weight:
         """The most pieces that a rank of `tp` holds."""
         return -(-self.pieces // tp)
 
+    def whole_pieces_at(self, tp: int) -> bool:
+        """Whether the ranks share the pieces out evenly."""
+        return tp % self.pieces == 0 if self.repeats and tp > self.pieces else self.pieces % tp == 0
+
     def divides_at(self, tp: int) -> bool:
-        """Whether each rank's shard of a linear is whole pieces and whole blocks of 128."""
-        if not self.linear or self.split is None or tp == 1:
+        """Whether each rank's shard of a linear is whole pieces and, as far as SGLang asks, whole blocks of 128."""
+        if not self.linear or self.split is None or (tp == 1 and not self.merged):
             return True
-        if self.repeats and tp > self.pieces:
-            return tp % self.pieces == 0
-        return self.pieces % tp == 0 and self.shape[self.split] // tp % BLOCK == 0
+        held = self.shape[self.split] // self.pieces * self.pieces_at(tp)
+        return self.whole_pieces_at(tp) and held % BLOCK == 0
 
 
 def number(config: Config, *keys: str, default: int | None = None) -> int:
@@ -67,10 +72,11 @@ def number(config: Config, *keys: str, default: int | None = None) -> int:
 
 def mlp(name: str, hidden: int, intermediate: int, part: Part) -> list[Weight]:
     """A gated MLP, of a layer or of one expert."""
+    cut: dict[str, Any] = {"linear": True, "pieces": intermediate}
     return [
-        Weight(f"{name}.gate_proj.weight", (intermediate, hidden), part, linear=True, split=0, pieces=intermediate),
-        Weight(f"{name}.up_proj.weight", (intermediate, hidden), part, linear=True, split=0, pieces=intermediate),
-        Weight(f"{name}.down_proj.weight", (hidden, intermediate), part, linear=True, split=1, pieces=intermediate),
+        Weight(f"{name}.gate_proj.weight", (intermediate, hidden), part, split=0, merged=True, **cut),
+        Weight(f"{name}.up_proj.weight", (intermediate, hidden), part, split=0, merged=True, **cut),
+        Weight(f"{name}.down_proj.weight", (hidden, intermediate), part, split=1, **cut),
     ]
 
 
@@ -153,9 +159,9 @@ def grouped_attention(config: Config, *, head_norms: bool, output_bias: bool) ->
     queries: dict[str, Any] = {"split": 0, "pieces": heads}
     keys: dict[str, Any] = {"split": 0, "pieces": kv_heads, "repeats": True}
     weights = [
-        _linear("q_proj", (heads * head, hidden), **queries),
-        _linear("k_proj", (kv_heads * head, hidden), **keys),
-        _linear("v_proj", (kv_heads * head, hidden), **keys),
+        _linear("q_proj", (heads * head, hidden), **queries, merged=True),
+        _linear("k_proj", (kv_heads * head, hidden), **keys, merged=True),
+        _linear("v_proj", (kv_heads * head, hidden), **keys, merged=True),
         _linear("o_proj", (hidden, heads * head), split=1, pieces=heads),
     ]
     if config.get("attention_bias"):

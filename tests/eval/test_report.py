@@ -10,6 +10,8 @@ import pytest
 
 from lightship.eval import plots
 from lightship.eval.report import HEADLINES, write_report
+from lightship.eval.report_style import CSS
+from lightship.records import Check
 from tests.eval.release import calibration, release
 
 VOID = {"meta", "br", "rect", "line", "circle", "path", "polyline"}
@@ -34,6 +36,18 @@ class Balance(HTMLParser):
 def written(tmp_path: Path, **changes: object) -> str:
     write_report(tmp_path / "report.html", replace(release(), **changes))
     return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's contrast ratio of two colours `#rrggbb`."""
+
+    def luminance(colour: str) -> float:
+        channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
 
 
 def test_the_report_is_well_formed_and_shows_every_rule_figure_and_identity(tmp_path: Path) -> None:
@@ -83,6 +97,22 @@ def test_a_verdict_against_the_release_leads_with_its_reasons(decision: str, tmp
     head = page[: page.index("Summary</h2>")]
     assert HEADLINES[decision] in head
     assert next(r for r in data.verdict.rules if r.decision == decision).explanation in head
+
+
+@pytest.mark.parametrize("outcome", ["pass", "warn", "fail"])
+def test_a_check_is_shown_as_it_came_out(outcome: str, tmp_path: Path) -> None:
+    check = Check(name="tensor parallel", passed=outcome != "fail", warned=outcome == "warn", detail="TP 8 NO")
+    page = written(tmp_path, verification=msgspec.structs.replace(release().verification, checks=[check]))
+    (shown,) = re.findall(r'<span class="tag (\w+)">[^<]+</span></td><td>tensor parallel', page)
+    assert shown == outcome
+
+
+def test_each_outcome_has_a_colour_of_its_own_that_can_be_read_in_light_and_in_dark() -> None:
+    for theme in CSS.split("@media (prefers-color-scheme: dark)")[:2]:
+        page, *tags = (re.search(rf"--{name}: (#\w+)", theme)[1] for name in ("page", "pass", "warn", "fail"))
+        assert len(set(tags)) == len(tags)
+        assert min(contrast(page, tag) for tag in tags) > 4.5
+    assert all(f".tag.{outcome} {{ color: var(--{outcome}); }}" in CSS for outcome in ("pass", "warn", "fail"))
 
 
 def test_a_release_of_full_size_still_makes_a_page_that_opens(tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from lightship.checkpoint import Checkpoint
 from lightship.errors import CheckpointError
 from lightship.quant.plan import plan_quantization, planned_outputs
-from tests.tiny import FAMILIES, write_checkpoint, write_fp8_checkpoint
+from lightship.w4afp8 import quantize_fp8_blocks
+from tests.tiny import FAMILIES, write_checkpoint, write_fp8_checkpoint, write_shards
 
 
 def test_the_planned_size_is_the_written_size(fp8: Path, w4afp8: Path) -> None:
@@ -43,6 +45,14 @@ def test_a_size_that_is_no_multiple_of_128_is_named(broken: Path) -> None:
     change_config(broken, lambda config: config | {"moe_intermediate_size": 200})
     with pytest.raises(CheckpointError, match="moe_intermediate_size 200 is not a multiple of 128"):
         plan_quantization(Checkpoint.open(broken))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_dense_mlp_that_is_not_whole_blocks_is_refused_with_the_reason(fp8: bool, tmp_path: Path) -> None:
+    path = write_checkpoint("glm4_moe", tmp_path / "air", fp8=fp8, intermediate_size=320)
+    said = r"SGLang refuses .* every degree .*: model\.layers\.0\.mlp\.gate_proj\.weight: 320 is no multiple of 128"
+    with pytest.raises(CheckpointError, match=said):
+        plan_quantization(Checkpoint.open(path))
 
 
 def test_shapes_that_contradict_the_configuration_are_named(broken: Path) -> None:
@@ -89,6 +99,21 @@ def test_router_embeddings_norms_and_the_mtp_projection_are_never_converted(tmp_
     assert not any("_proj.weight" in name and "eh_proj" not in name for name in kept)
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("model.layers.2.eh_proj.weight", "the scale of its block, or leave the MTP layer out"),
+        ("lm_head.weight", "write it again in BF16, each value times the scale of its block$"),
+    ],
+)
+def test_what_sglang_reads_unquantized_is_refused_in_fp8(name: str, remedy: str, tmp_path: Path) -> None:
+    path = write_fp8_checkpoint(tmp_path / "mtp", mtp=True)
+    with_fp8(path, name)
+    said = rf"{name} is F8_E4M3, but SGLang reads it unquantized, without its scales: .*{remedy}"
+    with pytest.raises(CheckpointError, match=said):
+        plan_quantization(Checkpoint.open(path))
+
+
 def test_missing_tensors_are_counted_and_named(fp8: Path) -> None:
     checkpoint = Checkpoint.open(fp8)
     del checkpoint.tensors["model.norm.weight"]
@@ -102,6 +127,13 @@ def test_fp8_of_another_format_is_told_from_an_incomplete_download(fp8: Path) ->
     checkpoint.tensors[f"{name}_scale"] = checkpoint.tensors.pop(f"{name}_scale_inv")
     with pytest.raises(CheckpointError, match=f"it has {name}_scale instead, of another format"):
         plan_quantization(checkpoint)
+
+
+def with_fp8(path: Path, name: str) -> None:
+    """Turn one tensor of a checkpoint into FP8 blocks."""
+    tensors = {n: t for shard in path.glob("*.safetensors") for n, t in load_file(shard).items()}
+    tensors[name], tensors[f"{name}_scale_inv"] = quantize_fp8_blocks(tensors[name])
+    write_shards(path, tensors, 2)
 
 
 def change_config(path: Path, change: Callable[[dict], dict]) -> None:

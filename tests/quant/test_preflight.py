@@ -4,13 +4,17 @@ import json
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from benchmarks.terminus_plan import KIMI_K2, TERMINUS, write_headers
 
 from lightship.checkpoint import Checkpoint
+from lightship.files import read_json
 from lightship.quant.preflight import preflight
-from lightship.recipe import Quantization
-from lightship.records import Preflight
+from lightship.quant.quantize import CALIBRATION
+from lightship.recipe import CalibrationText, Quantization
+from lightship.records import Calibration, Preflight
+from tests.conftest import quantize_checkpoint
 from tests.tiny import FAMILIES, write_checkpoint
 
 
@@ -39,7 +43,7 @@ def test_deepseek_divides_up_to_16_and_kimi_too(terminus: Path, tmp_path: Path) 
     assert look(terminus).tensor_parallel == [1, 2, 4, 8, 16]
     kimi = look(write_headers(tmp_path, KIMI_K2 | {"num_hidden_layers": 2}, 3))
     assert kimi.tensor_parallel == [1, 2, 4, 8, 16]
-    assert "18432 / 32 = 576 is no multiple of 128" in " ".join(kimi.degrees[-1].refused_by)
+    assert "18432 / 32 = 576 is no multiple of 128" in " ".join(kimi.degrees[-1].obstacles["dense MLP"])
 
 
 def test_every_gpu_holds_the_latent_cache_of_every_token(terminus: Path) -> None:
@@ -64,6 +68,21 @@ def test_every_family_is_measured(family: str, tmp_path: Path) -> None:
     )
     assert "become FP8 128x128 blocks" in " ".join(found.notes)
     assert found.problems == []
+
+
+def test_calibration_tokens_are_those_that_the_quantization_will_read(
+    fp8: Path, text: CalibrationText, tmp_path: Path
+) -> None:
+    prose, code = text.sources
+    sources = [msgspec.structs.replace(prose, weight=0.25), msgspec.structs.replace(prose, weight=0.5), code]
+    text = msgspec.structs.replace(text, sources=sources, tokens_per_scene=4000)
+    found = preflight(Checkpoint.open(fp8), Quantization(), text, probe_seconds=0, device="cpu")
+    quantize_checkpoint(fp8, tmp_path / "out", text, Quantization(method="absmax"))
+    used = read_json(tmp_path / "out" / CALIBRATION, Calibration).tokens
+    assert found.calibration_tokens == used == {"prose": 3 * 256 + 7 * 256, "code": 13 * 256}
+    assert f"the experts' sums of {sum(used.values()):,} tokens" in found.needs[0].arithmetic
+    assert "the calibration text gives 5,888 of the 6,400 tokens" in " ".join(found.notes)
+    assert "code 3,328 of 3,840; add text" in " ".join(found.notes), "prose has enough"
 
 
 def test_finished_experts_are_counted_and_a_torn_line_is_not(fp8: Path, tmp_path: Path) -> None:

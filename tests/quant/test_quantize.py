@@ -15,7 +15,7 @@ from lightship.errors import CheckpointError, LightshipError
 from lightship.files import digest_of_file, read_json
 from lightship.manifest import check_files, read_manifest
 from lightship.quant.plan import plan_quantization
-from lightship.quant.quantize import CALIBRATION, describe_finished, work_directory
+from lightship.quant.quantize import CALIBRATION, take_finished, work_directory
 from lightship.quant.verify import verify
 from lightship.recipe import CalibrationText, Method, Quantization, Rule, TextSource
 from lightship.records import Calibration
@@ -43,7 +43,7 @@ def test_a_published_checkpoint_tells_the_record_that_its_maker_gave(
     fp8: Path, text: CalibrationText, tmp_path: Path
 ) -> None:
     made = quantize_checkpoint(fp8, tmp_path / "out", text, Quantization(method="absmax"))
-    found = describe_finished(tmp_path / "out")
+    found = take_finished(tmp_path / "out")
     assert msgspec.structs.replace(found, seconds=made.seconds, experts_resumed=0) == made
 
 

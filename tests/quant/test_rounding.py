@@ -28,8 +28,8 @@ def correlated_inputs(seed: int, inputs: int = 256, tokens: int = 2048) -> torch
     return torch.randn(tokens, inputs, generator=generator) @ mixing
 
 
-def restored(rounded: Int4Weight) -> torch.Tensor:
-    return dequantize_int4(pack_int4(rounded.q_OI), rounded.scale_OG)
+def restored(rounded: Int4Weight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return dequantize_int4(pack_int4(rounded.q_OI), rounded.scale_OG, dtype)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -124,7 +124,12 @@ def test_output_error_is_that_of_the_outputs() -> None:
     y_TO = x_TI @ w_OI.T
     expected = float((x_TI @ restored(rounded).T - y_TO).square().sum() / y_TO.square().sum())
     assert output_error(w_OI, rounded, x_TI.T @ x_TI) == pytest.approx(expected, rel=1e-3)
-    assert torch.equal(restore(rounded), restored(rounded))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_replayed_is_what_the_written_tensors_stand_for(dtype: torch.dtype) -> None:
+    rounded = round_mse(random_weight(8))
+    assert torch.equal(restore(rounded, dtype), restored(rounded, dtype))
 
 
 @settings(max_examples=25, deadline=None)

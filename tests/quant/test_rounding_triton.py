@@ -1,7 +1,5 @@
 """The GPU kernels do what the CPU does, shown on a CPU by Triton's interpreter where triton is installed."""
 
-import os
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -11,9 +9,6 @@ if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 if torch.cuda.is_available():
     pytest.skip("test_rounding_gpu.py compares the compiled kernels", allow_module_level=True)
-if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("triton was imported already; run this file alone", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 from lightship.quant import gptq, gptq_triton, mse, mse_triton
 from lightship.quant.descent import descend
@@ -21,8 +16,7 @@ from lightship.w4afp8 import GROUP, quantize_fp8_blocks
 from tests.quant.test_rounding import correlated_inputs, random_weight
 
 
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("rows", [20, 136])
+@pytest.mark.parametrize(("signed", "rows"), [(True, 136), (False, 20)])
 def test_the_fused_kernel_gives_the_same_bytes_as_torch(signed: bool, rows: int) -> None:
     q_OI, scale_inv = quantize_fp8_blocks(random_weight(0, rows))
     q_OI[3] = 0
@@ -48,7 +42,8 @@ def test_columns_and_sweeps_are_those_of_torch() -> None:
     q_OI = gptq.round_columns(w_OI, scale_OG, group_I, upper_II)
     kernel_OI = gptq_triton.round_columns(w_OI, scale_OG, group_I, upper_II)
     assert (q_OI == kernel_OI).float().mean() > 0.99
-    swept_OI = descend(w_OI, q_OI, scale_OG, group_I, damped_II.float(), 2)
-    kernel_OI = gptq_triton.descend(w_OI, q_OI, scale_OG, group_I, damped_II.float(), 2)
+    w_OI, q_OI, scale_OG = w_OI[:4], q_OI[:4], scale_OG[:4]
+    swept_OI = descend(w_OI, q_OI, scale_OG, group_I, damped_II.float(), 1)
+    kernel_OI = gptq_triton.descend(w_OI, q_OI, scale_OG, group_I, damped_II.float(), 1)
     assert (swept_OI == kernel_OI).float().mean() > 0.99
     assert not torch.equal(swept_OI, q_OI)

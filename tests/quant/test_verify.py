@@ -297,10 +297,15 @@ def test_other_linears_must_be_fp8_blocks_and_the_rest_not(
     assert says in failures(copy)["other linears"]
 
 
-def test_a_degree_that_misaligns_the_scales_is_a_warning_and_no_degree_a_fault(copy: Path) -> None:
-    assert warnings(copy)["tensor parallel"].startswith("TP 1 yes, TP 2 yes, TP 4 NO, TP 8 NO, TP 16 NO")
-    change_config(copy, moe_intermediate_size=192)
-    assert "no degree works" in failures(copy)["tensor parallel"]
+def test_a_degree_that_cannot_be_served_is_a_warning_and_none_at_all_a_fault(copy: Path) -> None:
+    said = warnings(copy)["tensor parallel"]
+    assert said.startswith("TP 1 yes, TP 2 NO, TP 4 NO, TP 8 NO, TP 16 NO, TP 32 NO; at TP 8: ")
+    assert "256 / 8 = 32 is no multiple of 128 (the scales misalign without an error)" in said
+    assert "2 heads / 8 (SGLang refuses it)" in said
+    change_config(copy, intermediate_size=10944)
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    said = f"no degree works: {gate}: 10944 is no multiple of 128 (SGLang refuses it)"
+    assert failures(copy)["tensor parallel"] == said
 
 
 def test_sizes_that_are_not_whole_groups_are_named(copy: Path) -> None:
@@ -374,6 +379,17 @@ def test_an_mtp_layer_with_fp8_experts_does_not_load(mtp: Path) -> None:
     found = failures(mtp)
     assert found["MTP layer"] == "model.layers.2.mlp's experts are F8_E4M3: SGLang loads every layer's experts as int4"
     assert "experts" not in found, "it is said once"
+
+
+def test_an_mtp_projection_in_fp8_is_a_fault_that_says_what_to_do(mtp: Path) -> None:
+    name = "model.layers.2.eh_proj.weight"
+
+    def change(tensors: Tensors) -> None:
+        tensors[name], tensors[f"{name}_scale_inv"] = quantize_fp8_blocks(torch.randn(128, 256))
+
+    change_tensors(mtp, change)
+    said = f"{name} is F8_E4M3: SGLang reads it unquantized, without its scales; write it again in BF16"
+    assert failures(mtp)["other linears"].startswith(said)
 
 
 def test_an_mtp_layer_and_config_that_disagree_are_named(mtp: Path, w4afp8: Path, tmp_path: Path) -> None:
