@@ -40,8 +40,8 @@ gate = {{ kl = 1.0 }}
 """
 SAMPLE_SECONDS = 0.02
 COUNTERS = {"VmHWM": "peak_rss_bytes", "RssAnon": "peak_anonymous_bytes", "RssFile": "peak_file_bytes"}
-"""The kernel's counters, of which the largest value is kept. File pages are the source's shards, mapped into memory:
-the kernel takes them back when it needs them."""
+"""The kernel's counters, of which the largest value is kept. File pages are the libraries' code: weights are read, not
+mapped."""
 
 
 def main() -> None:
@@ -112,8 +112,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}`, {result['date']}, {result['machine']}.\n\n"
         f"Random FP8 models: hidden size {sizes['hidden_size']}, {sizes['n_routed_experts']} experts of "
         f"{sizes['moe_intermediate_size']} a layer, the same calibration tokens for all.\nAnonymous memory is what the "
-        "program holds; file pages are the source's, mapped, and the kernel takes them back\nwhen it needs them. Each "
-        f"column is the largest value seen.\n\n{table}\n"
+        "program holds, file pages are the code of Python, torch and transformers. Each column is\nthe largest value "
+        f"seen.\n\n{table}\n"
     )
 
 

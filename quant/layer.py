@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from lightship.checkpoint import TensorReader
+from lightship.checkpoint import Checkpoint, TensorReader
 from lightship.errors import CheckpointError
 from lightship.quant.blocks import MoEInputs
 from lightship.quant.expert import (
@@ -37,7 +37,6 @@ from lightship.recipe import Quantization
 from lightship.records import ExpertRounding, InputScale
 from lightship.w4afp8 import dequantize_fp8_blocks, round_groups_through_fp8, unpack_int4
 
-ROOM = 0.3
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 Raw = dict[str, torch.Tensor]
@@ -71,7 +70,8 @@ class LayerExperts:
         self._shards = shards
         self._journal = journal
         self._device = device
-        self._inputs = inputs = _resident(inputs, device)
+        self._inputs = inputs
+        self._records: dict[int, ExpertRounding] = {}
         self._count = source.checkpoint.dimensions.n_routed_experts
         every = max(1, len(inputs.x_TH) // PRIOR_TOKENS)
         prior_TH = inputs.x_TH[::every][:PRIOR_TOKENS].to(device)
@@ -79,7 +79,7 @@ class LayerExperts:
         order_P = inputs.experts_TK.flatten().argsort(stable=True)
         counts = inputs.experts_TK.flatten().bincount(minlength=self._count)
         self._pairs = order_P.split(counts.tolist())
-        self._fp8 = source.checkpoint.info(f"{name}.experts.0.gate_proj.weight").dtype == "F8_E4M3"
+        self._fp8 = _is_fp8(source.checkpoint, name)
 
     def unit(self, expert: int) -> str:
         """The expert's name in the journal."""
@@ -91,8 +91,8 @@ class LayerExperts:
         return [e for e in range(self._count) if self.unit(e) not in self._journal.done]
 
     def records(self) -> list[ExpertRounding]:
-        """How each expert was rounded; all must be done."""
-        return [self._journal.record(self.unit(e), ExpertRounding) for e in range(self._count)]
+        """How each expert was rounded, here, before or elsewhere; all must be."""
+        return [self._records.get(e) or self._journal.record(self.unit(e), ExpertRounding) for e in range(self._count)]
 
     def tokens_by_scene(self, scenes: dict[str, int]) -> dict[str, list[int]]:
         """Tokens that reached each expert; `scenes` holds how many tokens of the layer are of each, in order."""
@@ -178,6 +178,7 @@ class LayerExperts:
         writer: Writer,
     ) -> RoundedExpert:
         rounded, record = self._rounder.round(expert, weights, x_tH, router_weights_t)
+        self._records[expert] = record
         writer.put(self.unit(expert), self._tensors(expert, rounded), record)
         return rounded
 
@@ -194,10 +195,10 @@ class LayerExperts:
         return raw, {} if expert in left else self._read_result(expert)
 
     def _read_source(self, expert: int) -> Raw:
-        parts = ("weight", "weight_scale_inv") if self._fp8 else ("weight",)
-        names = [f"{projection}.{part}" for projection in PROJECTIONS for part in parts]
         pinned = self._device.type == "cuda"
-        return {name: self._source.read(f"{self.unit(expert)}.{name}", pinned=pinned) for name in names}
+        stem = f"{self.unit(expert)}."
+        names = expert_tensors(self._source.checkpoint, self.name, expert)
+        return {name.removeprefix(stem): self._source.read(name, pinned=pinned) for name in names}
 
     def _read_result(self, expert: int) -> Raw:
         parts = ("weight", "weight_scale_inv")
@@ -235,15 +236,15 @@ class LayerExperts:
         )
 
 
-def _resident(inputs: MoEInputs, device: torch.device) -> MoEInputs:
-    """The inputs on the device, if they and the experts' sums take no more than ROOM of what is free there."""
-    if device.type != "cuda":
-        return inputs
-    needed = inputs.x_TH.numel() * (inputs.x_TH.dtype.itemsize + 4)
-    if needed > ROOM * torch.cuda.mem_get_info(device)[0]:
-        return inputs
-    return MoEInputs(inputs.x_TH.to(device), inputs.experts_TK.to(device), inputs.weights_TK.to(device))
+def expert_tensors(checkpoint: Checkpoint, name: str, expert: int) -> list[str]:
+    """Names of the tensors that hold an expert of the layer `name` in a source."""
+    parts = ("weight", "weight_scale_inv") if _is_fp8(checkpoint, name) else ("weight",)
+    return [f"{name}.experts.{expert}.{projection}.{part}" for projection in PROJECTIONS for part in parts]
 
 
-def _unchanged(x: torch.Tensor) -> torch.Tensor:
-    return x
+def _is_fp8(checkpoint: Checkpoint, name: str) -> bool:
+    return checkpoint.info(f"{name}.experts.0.gate_proj.weight").dtype == "F8_E4M3"
+
+
+def _unchanged(x_TI: torch.Tensor) -> torch.Tensor:
+    return x_TI

@@ -13,8 +13,10 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,11 +31,11 @@ from lightship.errors import LightshipError
 from lightship.files import clear_directory, digest_of_file, locked, publish_directory, read_json, write_json
 from lightship.manifest import Manifest, describe_files, read_manifest, write_manifest
 from lightship.quant.blocks import BlockStream, MoEInputs
-from lightship.quant.device import choose_device, free_memory
+from lightship.quant.device import choose_device, free_memory, give_back_memory
 from lightship.quant.journal import FINGERPRINT, Journal, check_fingerprint
-from lightship.quant.layer import LayerExperts
+from lightship.quant.layer import LayerExperts, expert_tensors
 from lightship.quant.layout import SHARD_BYTES, Shards, refusing_a_full_disk
-from lightship.quant.pipeline import Tensors, Writer
+from lightship.quant.pipeline import Tensors, Writer, cached_ahead
 from lightship.quant.plan import planned_outputs
 from lightship.quant.stash import Stash
 from lightship.recipe import CalibrationText, Quantization
@@ -204,7 +206,8 @@ class _Run:
         self.blocks = BlockStream(checkpoint, device, self.dtype)
         hidden = checkpoint.dimensions.hidden_size
         memory = free_memory() // 2 if stash_memory is None else stash_memory
-        self.stash = Stash(work / STASH, self.ids_BS.numel(), hidden, self.dtype, memory)
+        self.stash = Stash(work / STASH, self.ids_BS.numel(), hidden, self.dtype, memory, device)
+        self._left = (-1, torch.empty(0))
 
     @property
     def experts_done(self) -> int:
@@ -230,26 +233,40 @@ class _Run:
                 writer.put("model", self._copied(None))
             for number in range(blocks):
                 if _unit(number) not in self.journal.done:
-                    self._block(number, writer, lambda: next(ticks, None))
+                    self._block(number, number == blocks - 1, writer, lambda: next(ticks, None))
             writer.flush()
         next(ticks, None)
         moe = [_unit(Checkpoint.layer_number(layer)) for layer in self.plan.expert_layers]
         return [self.journal.record(unit, LayerCalibration) for unit in moe]
 
-    def _block(self, number: int, writer: Writer, tick: Callable[[], object]) -> None:
+    def _block(self, number: int, last: bool, writer: Writer, tick: Callable[[], object]) -> None:
         entering_TH = self._entering(number)
         leaving_TH = self.stash.empty(f"hidden-{number + 1}")
-        inputs = self._forward(number, entering_TH, leaving_TH)
-        record = None
-        tensors = list[Tensors]()
-        if inputs:
-            record, scales = self._experts(number, inputs, leaving_TH, writer, tick)
-            tensors.append(scales)
-        self.stash.save(f"hidden-{number + 1}", leaving_TH)
-        writer.put(_unit(number), _chain([*tensors, self._copied(number)]), record)
-        writer.flush()
-        self.stash.remove(f"hidden-{number}")
+        if (beside := _beside_experts(number)) not in self.journal.done:
+            writer.put(beside, self._copied(number))
+        with self._caching_experts(number):
+            inputs = self._forward(number, entering_TH, leaving_TH)
+        record, scales = self._experts(number, inputs, leaving_TH, writer, tick) if inputs else (None, [])
         self.stash.remove("moe")
+        self._left = number + 1, leaving_TH
+        writer.put(
+            _unit(number),
+            scales,
+            record,
+            before=lambda: None if last else self.stash.save(f"hidden-{number + 1}", leaving_TH),
+            after=lambda: self.stash.remove(f"hidden-{number}"),
+        )
+        give_back_memory()
+
+    def _caching_experts(self, number: int) -> AbstractContextManager[None]:
+        """Meanwhile have the system's page cache read the block's experts, as many as fit into half of free memory."""
+        name = f"{_unit(number)}.mlp"
+        experts = range(self.checkpoint.dimensions.n_routed_experts if name in self.plan.expert_layers else 0)
+        left = [e for e in experts if f"{name}.experts.{e}" not in self.journal.done]
+        tensors = [tensor for e in left for tensor in expert_tensors(self.checkpoint, name, e)]
+        ends = accumulate(self.checkpoint.info(tensor).nbytes for tensor in tensors)
+        room = free_memory() // 2
+        return cached_ahead(self.reader.read, [t for t, end in zip(tensors, ends, strict=True) if end <= room])
 
     def _entering(self, number: int) -> torch.Tensor:
         """Hidden states [T, H] before block `number`: embeddings, or what the block before left."""
@@ -260,7 +277,9 @@ class _Run:
                 for rows, ids_bS in self._batches(self.ids_BS):
                     entering_TH[rows] = embed(ids_bS.to(self.device)).flatten(0, 1).to(entering_TH.device)
             return entering_TH
-        left_TH = self.stash.load(f"hidden-{number}")
+        at, left_TH = self._left
+        if at != number:
+            left_TH = self.stash.load(f"hidden-{number}")
         if number < self.blocks.main_layers:
             return left_TH
         entering_TH = self.stash.empty("mtp")
@@ -289,7 +308,8 @@ class _Run:
                     if not seen:
                         x_TH = self.stash.empty("moe")
                     x_TH[rows] = inputs.x_TH.to(x_TH.device)
-                    seen.append(MoEInputs(x_TH, inputs.experts_TK.cpu(), inputs.weights_TK.cpu()))
+                    routing = inputs.experts_TK.to(x_TH.device), inputs.weights_TK.to(x_TH.device)
+                    seen.append(MoEInputs(x_TH, *routing))
         if not seen:
             return None
         experts_TK, weights_TK = torch.cat([s.experts_TK for s in seen]), torch.cat([s.weights_TK for s in seen])
@@ -310,7 +330,6 @@ class _Run:
         replayed = experts.replay(writer, self.replay_quantized, tick)
         for rows in _chunks(len(leaving_TH)):
             leaving_TH[rows] += replayed.routed_TH[rows].to(leaving_TH)
-        writer.flush()
         record = LayerCalibration(
             layer_name=name,
             w13_input=w13_input,
@@ -455,14 +474,13 @@ def _unit(number: int) -> str:
     return f"model.layers.{number}"
 
 
+def _beside_experts(number: int) -> str:
+    return f"{_unit(number)} beside its experts"
+
+
 def _block_of(name: str) -> int | None:
     """The number of the block to which a tensor belongs."""
     return Checkpoint.layer_number(name) if ".layers." in name else None
-
-
-def _chain(parts: Iterable[Tensors]) -> Tensors:
-    for part in parts:
-        yield from part
 
 
 def _chunks(rows: int) -> Iterator[slice]:

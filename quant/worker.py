@@ -42,8 +42,10 @@ def round_experts(job: LayerJob, worker: int = 0) -> int:
     torch.set_num_threads(job.threads)
     checkpoint, shards = _opened(job.run, job.source, job.work, job.shard_bytes, device)
     routing = load_file(job.work / STASH / ROUTING)
-    stash = Stash(job.work / STASH, job.tokens, checkpoint.dimensions.hidden_size, getattr(torch, job.dtype), memory=0)
-    inputs = MoEInputs(stash.load("moe"), routing["experts"], routing["weights"])
+    hidden = checkpoint.dimensions.hidden_size
+    stash = Stash(job.work / STASH, job.tokens, hidden, getattr(torch, job.dtype), memory=0, device=device)
+    x_TH = stash.load("moe")
+    inputs = MoEInputs(x_TH, routing["experts"].to(x_TH.device), routing["weights"].to(x_TH.device))
     journal = Journal(job.work)
     try:
         experts = LayerExperts(

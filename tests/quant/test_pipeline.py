@@ -10,7 +10,7 @@ import torch
 
 from lightship.quant.journal import Journal
 from lightship.quant.layout import Shards
-from lightship.quant.pipeline import WAITING, Tensors, Writer, read_ahead
+from lightship.quant.pipeline import WAITING, Tensors, Writer, cached_ahead, read_ahead
 from lightship.quant.plan import PlannedOutput
 
 pytestmark = pytest.mark.timeout(20)
@@ -141,4 +141,69 @@ def test_a_failed_computation_ends_the_writer(work: tuple[Shards, Journal]) -> N
 
     with pytest.raises(BrokenError):
         use()
-    assert not any(thread.name == "write" for thread in threading.enumerate())
+    assert not {thread.name for thread in threading.enumerate()} & {"write", "sync"}
+
+
+def test_what_comes_before_and_after_a_unit_is_done_in_its_place(work: tuple[Shards, Journal], tmp_path: Path) -> None:
+    shards, journal = work
+    journaled: dict[str, bool] = {}
+
+    def noted(when: str) -> Callable[[], None]:
+        return lambda: journaled.update({when: "u" in Journal(tmp_path).done})
+
+    with Writer(shards, journal) as writer:
+        writer.put("u", tensor(0), before=noted("before"), after=noted("after"))
+    assert journaled == {"before": False, "after": True}
+
+
+def test_a_failure_before_a_unit_keeps_it_out_of_the_journal(work: tuple[Shards, Journal], tmp_path: Path) -> None:
+    def fail() -> None:
+        raise BrokenError
+
+    with pytest.raises(BrokenError), Writer(*work) as writer:
+        writer.put("u", tensor(0), before=fail)
+    assert "u" not in Journal(tmp_path).done
+
+
+def test_many_units_share_one_wait_for_the_disk(work: tuple[Shards, Journal], monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, journal = work
+    synced: list[int] = []
+    monkeypatch.setattr(shards, "sync", lambda names: synced.append(len(names)))
+    with Writer(shards, journal) as writer:
+        for number in range(COUNT):
+            writer.put(f"u{number}", tensor(number))
+    assert sum(synced) == COUNT
+    assert len(synced) <= 3, "the first, those that came meanwhile, and at the end those that were left"
+
+
+def test_a_flush_does_not_wait_for_more_units(work: tuple[Shards, Journal], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightship.quant.pipeline.SYNC_SECONDS", 60.0)
+    with Writer(*work) as writer:
+        for number in range(3):
+            writer.put(f"u{number}", tensor(number))
+            writer.flush()
+
+
+def test_what_is_read_into_the_cache_is_read_meanwhile_and_ends_with_its_context() -> None:
+    read: list[int] = []
+    begun = threading.Event()
+
+    def note(key: int) -> None:
+        read.append(key)
+        begun.set()
+        time.sleep(0.001)
+
+    with cached_ahead(note, range(100_000)):
+        assert begun.wait(5), "nothing is read while the context is open"
+    count = len(read)
+    assert 0 < count < 100_000
+    time.sleep(0.05)
+    assert len(read) == count
+
+
+def test_a_failure_to_read_into_the_cache_is_raised() -> None:
+    def fail(_: int) -> None:
+        raise BrokenError
+
+    with pytest.raises(BrokenError), cached_ahead(fail, range(1000)):
+        time.sleep(0.1)

@@ -26,6 +26,7 @@ from lightship.checkpoint import MANIFEST
 from lightship.errors import LightshipError
 from lightship.files import LOCK, digest_of_file
 from lightship.manifest import check_files
+from lightship.quant import pipeline
 from lightship.quant import quantize as module
 from lightship.quant.quantize import RESULT, work_directory
 from lightship.recipe import CalibrationText, Quantization
@@ -309,6 +310,8 @@ def _quantize(command: Command, kill_at: int, deeds: Any) -> None:
 
         return deed
 
+    # Tiny experts are written faster than the disk can be waited for: few at a time, so that kills fall between them.
+    pipeline.UNSYNCED = 1
     pwrite = os.pwrite
     for name in DEEDS:
         setattr(os, name, counted(getattr(os, name)))
