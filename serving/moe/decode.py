@@ -57,10 +57,11 @@ def split_scales(pair):
 
 
 @triton.jit
-def to_fp8(x, scale):
-    """x / scale in e4m3, to nearest, saturating."""
-    x = tl.minimum(tl.maximum(x / scale, -FP8_MAX), FP8_MAX)
-    if INTERPRETED:  # the interpreter cuts off what does not fit
+def to_fp8(x, inverse):
+    """x * inverse in e4m3, to nearest, saturating."""
+    x = x * inverse
+    if INTERPRETED:  # compiled, the conversion saturates and rounds; the interpreter cuts off what does not fit
+        x = tl.minimum(tl.maximum(x, -FP8_MAX), FP8_MAX)
         bits = x.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)

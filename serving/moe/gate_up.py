@@ -139,7 +139,7 @@ def _store(gate, up, input_scale_ptr, h_ptr, h_scale_ptr, row, inside, n, column
         scale = tl.maximum(tl.max(tl.abs(h), axis=0), LEAST) / FP8_MAX
     else:
         scale = tl.zeros((h.shape[1],), tl.float32) + tl.load(input_scale_ptr)
-    tl.store(h_ptr + row[:, None] * INTER + n[None, :], tl.trans(to_fp8(h, scale[None, :])), mask=inside[:, None])
+    tl.store(h_ptr + row[:, None] * INTER + n[None, :], tl.trans(to_fp8(h, 1 / scale[None, :])), mask=inside[:, None])
     tl.store(h_scale_ptr + row * (INTER // 128) + column, scale * UNIT, mask=inside)
 
 
@@ -167,5 +167,5 @@ def _activate(
         scale = tl.maximum(tl.max(tl.abs(h), axis=0), LEAST) / FP8_MAX
     else:
         scale = tl.load(input_scale_ptr)
-    tl.store(h_ptr + row * INTER + n, to_fp8(h, scale))
+    tl.store(h_ptr + row * INTER + n, to_fp8(h, 1 / scale))
     tl.store(h_scale_ptr + row * (INTER // 128) + column, scale * UNIT)

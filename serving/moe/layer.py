@@ -115,9 +115,9 @@ class FusedExperts:
                 h_PI, h_scale_PG, self.w2, self.w2_scale, experts_TK, weights_TK, plan.down, out
             )  # fmt: skip
             return
-        y_PH = new(pairs, hidden)
-        down.down(h_PI, h_scale_PG, self.w2, self.w2_scale, weights_TK, routed, plan.block_m, plan.down, y_PH)
-        down.combine(y_PH, experts_TK, self.shape.experts, out)
+        down.down_in_chunks(
+            h_PI, h_scale_PG, self.w2, self.w2_scale, experts_TK, weights_TK, routed, plan, out
+        )  # fmt: skip
 
 
 def _sizes(

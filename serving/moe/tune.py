@@ -1,10 +1,12 @@
 """`lightship tune`: time candidate plans on this GPU and write the fastest as a table.
 
-The two products are timed alone for each height of tile, and the best pair of each height together, as a whole layer.
+The first product is timed alone, and the second with the sum, for each height of tile; then the best pair of each
+height together, as a whole layer. Candidates that never came near the best are not tried.
 """
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,53 +49,59 @@ def tune(shapes: list[Shape], out: Path, token_counts: tuple[int, ...] = TOKENS)
 
 
 def walk_plans(layer: FusedExperts, inputs: list[Tokens]) -> Iterator[dict[str, Any]]:
-    """Time candidates: {"block_m", "direct", "gate_up" or "down", "us"} each, then {"plan", "layer_us"} of the best."""
+    """Time candidates: {"block_m", "gate_up" or "down", "chunks", "us"} each, then the best as {"plan", "layer_us"}."""
     tokens = len(inputs[0][0])
     modes = [(True, 16)] if tokens <= 4 else []
-    if tokens > 1:
-        rows = layer.shape.rows(tokens)
-        modes += [(False, m) for m in (16, 32, 64, 128) if m // 8 <= max(rows, 2) and m * 6 >= rows]
+    if tokens > 2:
+        modes += [(False, block_m) for block_m in heights(layer.shape.rows(tokens))]
     for direct, block_m in modes:
         steps = Steps(layer, inputs, block_m, direct)
-        best: dict[str, Any] = {}
-        for kind, candidates in (("gate_up", gate_ups(tokens, block_m)), ("down", downs(layer.shape, block_m, direct))):
-            least = float("inf")
-            for how in candidates:
-                us = steps.time(how)
-                yield {"block_m": block_m, "direct": direct, kind: how, "us": round(us, 2)}
-                if us < least:
-                    least, best[kind] = us, how
-        plan = Plan(block_m, direct, best["gate_up"], best["down"])
-        us = median_us(partial(_whole, layer, plan), inputs)
-        yield {"plan": plan, "layer_us": round(us, 2)}
+        plans = [Plan(block_m, direct, gate_up=how) for how in gate_ups(tokens, block_m, direct)]
+        times = {plan.gate_up: steps.time(steps.gate_up, plan) for plan in plans}
+        yield from ({"block_m": block_m, "gate_up": how, "us": round(us, 2)} for how, us in times.items())
+        best = Plan(block_m, direct, gate_up=min(times, key=lambda how: times[how]))
+        plans = [
+            msgspec.structs.replace(best, down=how, chunks=c) for how, c in downs(layer.shape, tokens, block_m, direct)
+        ]
+        seconds = {plan: steps.time(steps.down, plan) for plan in plans}
+        for plan, us in seconds.items():
+            yield {"block_m": block_m, "down": plan.down, "chunks": plan.chunks, "us": round(us, 2)}
+        best = min(seconds, key=lambda plan: seconds[plan])
+        yield {"plan": best, "layer_us": round(median_us(partial(_whole, layer, best), inputs), 2)}
 
 
 def _whole(layer: FusedExperts, plan: Plan, given: Tokens) -> torch.Tensor:
     return layer(*given, plan=plan)
 
 
-def gate_ups(tokens: int, block_m: int) -> list[GateUp]:
+def heights(rows: float) -> list[int]:
+    """Candidate heights of tiles, where an expert has so many rows on average."""
+    ranges = {16: (0, 16), 32: (8, 128), 64: (24, float("inf"))}
+    return [height for height, (least, most) in ranges.items() if least <= rows <= most]
+
+
+def gate_ups(tokens: int, block_m: int, direct: bool) -> list[GateUp]:
     """Candidates for the first product."""
-    if block_m >= 128:
-        return [GateUp(1, 8, 3)]
-    if tokens <= 8:
-        splits = {1: (4, 7, 14), 2: (2, 4, 7), 4: (1, 2, 4)}.get(tokens, (1, 2))
-        return [GateUp(split, warps, 3) for split in splits for warps in (4, 8)]
-    return [GateUp(1, warps, stages) for warps in ((4, 8) if block_m == 16 else (8,)) for stages in (2, 3, 4)]
-
-
-def downs(shape: Shape, block_m: int, direct: bool) -> list[Down]:
-    """Candidates for the second product."""
     if direct:
-        return [Down(64, 1, 4, 3), Down(64, 1, 4, 4), Down(64, 1, 4, 6), Down(128, 1, 4, 4), Down(128, 1, 8, 4)]
-    warps = (8,) if block_m >= 128 else (4, 8)
-    if shape.intermediate <= 2 * GROUP:
-        walks = (7, 14, 28) if block_m == 16 else (4, 14)
-        found = [Down(128, walk, w, 3) for walk in walks for w in warps]
-        return found + [Down(128, walk, 4, 4) for walk in walks if block_m == 16]
-    stages = (3, 4) if block_m < 64 else (2, 3)
-    found = [Down(128, 1, w, s) for w in warps for s in stages]
-    return found + ([Down(64, 1, 4, 4)] if block_m < 64 else [])
+        return [GateUp(split, 8, 3) for split in {1: (7,), 2: (4, 7)}.get(tokens, (2, 4))]
+    if block_m == 16:
+        return [GateUp(1, 4, 3), GateUp(2, 4, 3) if tokens <= 16 else GateUp(1, 4, 2)]
+    return [GateUp(1, 8, 3)]
+
+
+def downs(shape: Shape, tokens: int, block_m: int, direct: bool) -> list[tuple[Down, int]]:
+    """Candidates for the second product, and the chunks in which it takes turns with the sum."""
+    if direct:
+        return [(Down(64, 1, 4, 3), 1), (Down(64, 1, 4, 4), 1)]
+    narrow = shape.intermediate <= 2 * GROUP
+    if tokens < 512:
+        if narrow:
+            return [(Down(128, walk, 4, 3), 1) for walk in ((7, 14, 28) if block_m == 16 else (4, 14))]
+        return [(Down(128, 1, 4, 3), 1), (Down(128, 1, 8, 3), 1), (Down(64, 1, 4, 4), 1)]
+    between = tokens * shape.top_k * shape.experts / shape.total * shape.hidden * 2
+    chunks = sorted({min(28, math.ceil(between / size)) for size in (8 << 20, 16 << 20, 32 << 20, 64 << 20)} | {1})
+    hows = [Down(128, 14, 4, 3), Down(128, 2, 4, 3)] if narrow else [Down(128, 1, 4, 3), Down(128, 1, 8, 3)]
+    return [(how, c) for c in chunks for how in hows if shape.hidden // c >= how.block_n * how.walk or c == 1]
 
 
 class Steps:
@@ -102,8 +110,6 @@ class Steps:
     def __init__(self, layer: FusedExperts, inputs: list[Tokens], block_m: int, direct: bool) -> None:
         self.layer, self.block_m, self.direct = layer, block_m, direct
         self.made = [self._made(given) for given in inputs]
-        pairs = 1 if direct else inputs[0][1].numel()
-        self.y_PH = torch.zeros(pairs, layer.shape.hidden, dtype=torch.bfloat16, device="cuda")
 
     def _made(self, given: Tokens) -> dict[str, Any]:
         x_TH, experts_TK, weights_TK = given
@@ -129,36 +135,25 @@ class Steps:
             return None
         return routing.quantize_and_sort(*given, made["experts"], self.layer.shape.experts, self.block_m)
 
-    def gate_up(self, made: dict[str, Any], how: GateUp) -> None:
+    def gate_up(self, made: dict[str, Any], plan: Plan) -> None:
         """The first product."""
         layer = self.layer
         gate_up.gate_up(
-            made["q"], made["scale"], layer.w13, layer.w13_scale, made["experts"], made["routed"], self.block_m, how,
-            layer.input_scales[1], made["h"], made["h_scale"],
+            made["q"], made["scale"], layer.w13, layer.w13_scale, made["experts"], made["routed"], self.block_m,
+            plan.gate_up, layer.input_scales[1], made["h"], made["h_scale"],
         )  # fmt: skip
 
-    def down(self, made: dict[str, Any], how: Down) -> None:
-        """The second product, and its sum where that is part of it."""
-        w2 = made["h"], made["h_scale"], self.layer.w2, self.layer.w2_scale
-        if self.direct:
-            down.down_and_combine(*w2, made["experts"], made["weights"], how, made["out"])
+    def down(self, made: dict[str, Any], plan: Plan) -> None:
+        """The second product and the sum."""
+        w2 = made["h"], made["h_scale"], self.layer.w2, self.layer.w2_scale, made["experts"], made["weights"]
+        if plan.direct:
+            down.down_and_combine(*w2, plan.down, made["out"])
         else:
-            down.down(*w2, made["weights"], made["routed"], self.block_m, how, self.y_PH)
+            down.down_in_chunks(*w2, made["routed"], plan, made["out"])
 
-    def combine(self, made: dict[str, Any]) -> None:
-        """The sum."""
-        down.combine(self.y_PH, made["experts"], self.layer.shape.experts, made["out"])
-
-    def time(self, how: GateUp | Down) -> float:
-        """Median microseconds of one product; infinite if the GPU cannot run it so."""
-
-        def run(made: dict[str, Any]) -> None:
-            if isinstance(how, GateUp):
-                self.gate_up(made, how)
-            else:
-                self.down(made, how)
-
+    def time(self, step: Callable[[dict[str, Any], Plan], None], plan: Plan) -> float:
+        """Median microseconds of a step; infinite if the GPU cannot run it so."""
         try:
-            return median_us(run, self.made, replays=10)
+            return median_us(lambda made: step(made, plan), self.made, replays=10)
         except triton.runtime.errors.OutOfResources:
             return float("inf")

@@ -8,6 +8,7 @@ last one.
 """
 
 import functools
+import math
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,8 @@ from lightship.errors import ServingError
 from lightship.w4afp8 import GROUP
 
 TABLES = Path(__file__).parent / "tables"
+L2_BYTES = 32 << 20
+"""What the rule lets lie between the second product and the sum: most of a Hopper GPU's L2 cache."""
 
 
 class GateUp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -39,13 +42,15 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a call runs.
 
     block_m: rows of a tile, 16 at least. direct: for a few tokens, each pair is a tile, nothing is sorted, and the
-    second product adds up the experts of a token.
+    second product adds up the experts of a token. chunks: parts of the hidden size in which the second product and the
+    sum take turns, so that what lies between them fits the L2 cache.
     """
 
     block_m: int
     direct: bool = False
     gate_up: GateUp = GateUp()
     down: Down = Down()
+    chunks: int = 1
 
 
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,7 +96,7 @@ SHAPES = {
     "ep8": Shape(hidden=7168, intermediate=2048, experts=32, top_k=8, total=256),
 }
 """Ranks of DeepSeek-V3."""
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 8192)
 
 
 def parse_shape(text: str) -> Shape:
@@ -126,21 +131,31 @@ def parse_tokens(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(n) for n in numbers}))
 
 
-def plan_for(device: str, shape: Shape, tokens: int) -> Plan:
-    """The plan of the device's table for this shape, if it has one, or else the rule's."""
-    for entry in entries(device):
-        if entry.shape == shape:
+def plan_for(device: str, shape: Shape, tokens: int, table: tuple[Entry, ...] | None = None) -> Plan:
+    """The plan of the table, by default the device's shipped one, for this shape, if it has one, or else the rule's."""
+    for entry in shipped(device) if table is None else table:
+        if entry.shape == shape and entry.measured:
             return next((m.plan for m in entry.measured if tokens <= m.tokens), entry.measured[-1].plan)
     return rule(shape, tokens)
 
 
 @functools.cache
-def entries(device: str) -> tuple[Entry, ...]:
+def shipped(device: str) -> tuple[Entry, ...]:
     """The entries of a device's shipped table; none if there is no table."""
     path = TABLES / file_name(device)
-    if not path.exists():
-        return ()
-    return tuple(msgspec.json.decode(path.read_bytes(), type=Table).entries)
+    return read_table(path) if path.exists() else ()
+
+
+def read_table(path: Path) -> tuple[Entry, ...]:
+    """The entries of a table that `lightship tune` wrote.
+
+    Raises:
+        ServingError: it is not one.
+    """
+    try:
+        return tuple(msgspec.json.decode(path.read_bytes(), type=Table).entries)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise ServingError(f"{path} is not a table of `lightship tune`: {error}; make it again") from None
 
 
 def file_name(device: str) -> str:
@@ -156,6 +171,7 @@ def rule(shape: Shape, tokens: int) -> Plan:
     walk = 14 if shape.intermediate <= 256 and shape.hidden % (14 * 128) == 0 else 1
     if rows <= 12:
         return Plan(16, down=Down(walk=walk))
-    if rows <= 24:
-        return Plan(32, down=Down(walk=walk))
-    return Plan(64, down=Down(walk=walk))
+    own = tokens * shape.top_k * shape.experts / shape.total
+    chunks = min(14, math.ceil(own * shape.hidden * 2 / L2_BYTES))
+    walk = 2 if chunks > 1 and walk > 1 else walk
+    return Plan(32 if rows <= 24 else 64, down=Down(walk=walk), chunks=chunks)

@@ -25,14 +25,13 @@ TOLERANCE = 0.006
 """Against the same FP8 activations: bf16 sums, and activations that fall to the next FP8 number."""
 
 PLANS = {
-    "direct": Plan(16, direct=True, gate_up=GateUp(split=7), down=Down(block_n=64)),
-    "direct, unsplit": Plan(16, direct=True, down=Down(block_n=128)),
-    "16 rows": Plan(16, down=Down(walk=14)),
-    "16 rows, split": Plan(16, gate_up=GateUp(split=3, warps=4)),
+    "direct": Plan(16, direct=True, gate_up=GateUp(split=8), down=Down(block_n=64)),
+    "16 rows, split": Plan(16, gate_up=GateUp(split=3, warps=4), down=Down(walk=14)),
     "32 rows": Plan(32, down=Down(walk=7, warps=8)),
-    "64 rows": Plan(64, down=Down(walk=14)),
-    "128 rows": Plan(128, down=Down(walk=14, warps=8)),
+    "64 rows, chunked": Plan(64, down=Down(walk=2), chunks=14),
+    "64 rows, a smaller last chunk": Plan(64, down=Down(walk=2), chunks=5),
 }
+STATIC = ("direct", "64 rows, chunked")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def test_every_plan_is_the_reference(weights: Tensors, layer: FusedExperts, plan
     assert relative_error(got, reference(weights, x_TH, experts_TK, weights_TK, "dynamic")) < TOLERANCE
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 16, 64, 256, 1024, 4096, 16384])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 16, 64, 256, 1024, 4096, 9001])
 def test_the_layer_is_the_reference_at_every_size_and_gives_the_same_bits_twice(
     weights: Tensors, layer: FusedExperts, tokens: int
 ) -> None:
@@ -96,13 +95,13 @@ def test_static_scales_saturate_and_are_the_reference(weights: Tensors) -> None:
     x_TH, experts_TK, weights_TK = given(100, seed=3)
     scales = (torch.tensor(0.02, device="cuda"), torch.tensor(0.05, device="cuda"))
     layer = fused(weights, w13_input_scale=scales[0], w2_input_scale=scales[1], activations="static")
-    for plan in PLANS.values():
-        got = layer(x_TH, experts_TK, weights_TK, plan=plan)
+    for name in STATIC:
+        got = layer(x_TH, experts_TK, weights_TK, plan=PLANS[name])
         assert relative_error(got, reference(weights, x_TH, experts_TK, weights_TK, "static", scales)) < TOLERANCE
 
 
 def test_a_captured_graph_follows_its_inputs(layer: FusedExperts) -> None:
-    for tokens in (1, 48):
+    for tokens in (1, 48, 700):
         buffers, out = given(tokens, seed=4), torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
         layer(*buffers, out=out)
         graph = torch.cuda.CUDAGraph()
@@ -135,13 +134,12 @@ def test_shards_of_tensor_parallelism_and_of_experts_add_up_to_the_whole() -> No
     assert relative_error(ranks[0] + ranks[1], whole) < TOLERANCE
 
 
-@pytest.mark.parametrize("inter", [128, 384])
-def test_a_shard_of_an_odd_number_of_groups(inter: int) -> None:
-    weights = random_weights(8, 640, inter, "cuda")
+def test_a_shard_of_an_odd_number_of_groups() -> None:
+    weights = random_weights(8, 640, 384, "cuda")
     x_TH, (experts_TK, weights_TK) = random_tokens(33, 640, "cuda"), random_routing(33, 8, 3, "cuda")
     want = reference(weights, x_TH, experts_TK, weights_TK, "dynamic")
     layer = fused(weights, top_k=3)
-    for plan in (Plan(16, direct=True, gate_up=GateUp(split=2), down=Down(block_n=64)), Plan(16), Plan(64)):
+    for plan in (Plan(16, direct=True, gate_up=GateUp(split=2), down=Down(block_n=64)), Plan(32, chunks=2)):
         assert relative_error(layer(x_TH, experts_TK, weights_TK, plan=plan), want) < TOLERANCE
 
 
@@ -149,7 +147,7 @@ def test_the_expert_parallel_rank_of_deepseek_v3() -> None:
     shape = SHAPES["ep8"]
     weights = random_weights(shape.experts, shape.hidden, shape.intermediate, "cuda")
     layer = fused(weights, top_k=shape.top_k, total_experts=shape.total)
-    for tokens in (1, 64, 1024):
+    for tokens in (64, 1024):
         (inputs,) = random_inputs(shape, tokens, 1)
         want = reference(weights, *inputs, "dynamic")
         got = layer(*inputs)
