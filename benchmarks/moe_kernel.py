@@ -1,39 +1,56 @@
 """The fused W4AFP8 MoE layer on one GPU, beside SGLang's, at DeepSeek-V3's shapes.
 
-    python -m benchmarks.moe_kernel [--sglang CHECKPOINT] [--shapes tp8,ep8] [--tokens 1,16] [--seconds 540]
+    python -m benchmarks.moe_kernel [--sglang CHECKPOINT] [--table FILE] [--tokens 1,16] [--seconds 240]
+    python -m benchmarks.moe_kernel_render benchmarks/moe_kernel.json
 
 Times are medians over CUDA graphs, of the whole layer from hidden states and routing to combined output, in
 microseconds; the floor is the bytes of the touched experts at 3 TB/s. Errors are relative norms against float32 with
 the same int4 weights. `--sglang` names a W4AFP8 checkpoint directory, which SGLang 0.5.17 wants before a layer can be
-used alone. What is measured is written after every step.
+used alone; `--table` a table that `lightship tune` has just written, in place of the shipped one. What is measured is
+written after every step. `moe_kernel_render` makes tables and a plot of it, on any machine.
 """
 
 import argparse
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from lightship.serving.moe.layer import FusedExperts
+from lightship.serving.moe.layer import Activations, FusedExperts
 from lightship.serving.moe.timing import Tokens, batches_for, median_us, random_inputs, random_layer
 from lightship.serving.moe.tune import Steps
-from lightship.serving.moe.tuning import SHAPES, Plan, Shape, plan_for
+from lightship.serving.moe.tuning import SHAPES, Entry, Plan, Shape, plan_for, read_table
 from lightship.w4afp8 import GROUP, dequantize_int4
 
-TOKENS = (1, 16, 64, 256, 1024, 4096)
+TOKENS = (1, 4, 8, 16, 64, 256, 1024, 4096)
 BYTES_A_US = 3e6
+ERROR_TOKENS = 257
+STEPS = "lightship, its steps"
 
 
 class Results:
     """A list of measured rows, on disk after each."""
 
-    def __init__(self, path: Path, seconds: float) -> None:
+    def __init__(self, path: Path, seconds: float, plans: str) -> None:
         self.path, self.end, self.rows = path, time.monotonic() + seconds, list[dict[str, Any]]()
+        self.head = {
+            "command": "python -m benchmarks.moe_kernel " + " ".join(sys.argv[1:]),
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "triton": version("triton"),
+            "sglang": version("sglang") if find_spec("sglang") else None,
+            "date": time.strftime("%Y-%m-%d"),
+            "plans": plans,
+        }
 
     def measure(self, name: dict[str, Any], what: Callable[[], dict[str, Any]]) -> None:
         """Add what() under this name, or why it failed; nothing once the time is used up."""
@@ -47,8 +64,7 @@ class Results:
             row = name | {"error": repr(error)[:300]}
         self.rows.append(row)
         print(f"[{time.monotonic() - start:5.1f} s]", json.dumps(row, default=str), flush=True)
-        head = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-        self.path.write_text(json.dumps(head | {"rows": self.rows}, indent=1, default=str) + "\n")
+        self.path.write_text(json.dumps(self.head | {"rows": self.rows}, indent=1, default=str) + "\n")
 
 
 def floor_us(shape: Shape, inputs: list[Tokens]) -> float:
@@ -63,11 +79,9 @@ def step_times(layer: FusedExperts, inputs: list[Tokens], plan: Plan) -> dict[st
     steps = Steps(layer, inputs, plan.block_m, plan.direct)
     found = {
         "routing": median_us(steps.route, steps.made),
-        "gate_up": median_us(lambda made: steps.gate_up(made, plan.gate_up), steps.made),
-        "down": median_us(lambda made: steps.down(made, plan.down), steps.made),
+        "gate_up": median_us(lambda made: steps.gate_up(made, plan), steps.made),
+        "down_and_combine": median_us(lambda made: steps.down(made, plan), steps.made),
     }
-    if not plan.direct:
-        found["combine"] = median_us(steps.combine, steps.made)
     return {name: round(us, 2) for name, us in found.items()}
 
 
@@ -109,79 +123,86 @@ def whole_layer(layer: FusedExperts, plan: Plan | None = None) -> Callable[[Toke
     return lambda given: layer(*given, plan=plan)
 
 
-def errors(name: str, shape: Shape, results: Results, sglang: Any) -> None:
-    """Relative errors at a few sizes."""
+def errors(name: str, shape: Shape, results: Results) -> None:
+    """Our relative errors, and whether a second call gives the same bits."""
     weights = random_layer(shape)
-    for tokens in (64, 257):
-        (given,) = random_inputs(shape, tokens, 1, seed=7)
-        want, scales = reference(weights, given), static_scales(weights, given)
+    (given,) = random_inputs(shape, ERROR_TOKENS, 1, seed=7)
+    want, scales = reference(weights, given), static_scales(weights, given)
 
-        def ours(
-            static: bool, given: Tokens = given, want: torch.Tensor = want, scales: tuple[torch.Tensor, ...] = scales
-        ) -> dict[str, Any]:
-            layer = FusedExperts(
-                **clones(weights),
-                w13_input_scale=scales[0],
-                w2_input_scale=scales[1],
-                activations="static" if static else "dynamic",
-                total_experts=shape.total,
-            )
-            got = layer(*given)
-            again = layer(*given)
-            return {"relative_error": relative_error(got, want), "same_twice": bool(torch.equal(got, again))}
+    def ours(activations: Activations) -> dict[str, Any]:
+        layer = FusedExperts(
+            **clones(weights), w13_input_scale=scales[0], w2_input_scale=scales[1], activations=activations,
+            top_k=shape.top_k, total_experts=shape.total,
+        )  # fmt: skip
+        got, again = layer(*given), layer(*given)
+        return {"relative_error": relative_error(got, want), "same_twice": bool(torch.equal(got, again))}
 
-        for static in (False, True):
-            key = {"shape": name, "M": tokens, "engine": f"lightship {'static' if static else 'dynamic'}"}
-            results.measure(key, lambda static=static: ours(static))
-        if sglang:
-            sglang.errors(name, shape, results, weights, given, want, scales)
+    for activations in ("dynamic", "static"):
+        key = {"shape": name, "M": ERROR_TOKENS, "engine": f"lightship {activations}"}
+        results.measure(key, lambda a=activations: ours(a))
 
 
-def times(name: str, shape: Shape, results: Results, token_counts: list[int], sglang: Any) -> None:
-    """The whole layer and its steps at each number of tokens."""
-    weights = random_layer(shape)
-    layer = FusedExperts(**clones(weights), top_k=shape.top_k, total_experts=shape.total)
-    others = sglang.engines(shape, weights) if sglang else {}
-    del weights
-    for tokens in token_counts:
-        inputs = random_inputs(shape, tokens, batches_for(tokens))
-        plan = plan_for(layer.device_name, shape, tokens)
+class Case:
+    """A shape's layers, ours and others."""
 
-        def ours(inputs: list[Tokens] = inputs, plan: Plan = plan) -> dict[str, Any]:
-            us = median_us(whole_layer(layer), inputs)
-            floor = floor_us(shape, inputs)
-            return {"us": round(us, 2), "floor_us": round(floor, 2), "over_floor": round(us / floor, 2), "plan": plan}
+    def __init__(self, name: str, shape: Shape, table: tuple[Entry, ...] | None) -> None:
+        self.name, self.shape, self.table = name, shape, table
+        self.layer = FusedExperts(**random_layer(shape), top_k=shape.top_k, total_experts=shape.total)
+        self.others: dict[str, Callable[[list[Tokens]], dict[str, Any]]] = {}
 
-        key = {"shape": name, "M": tokens}
-        results.measure(key | {"engine": "lightship"}, ours)
-        results.measure(key | {"engine": "lightship, its steps"}, lambda i=inputs, p=plan: step_times(layer, i, p))
-        for engine, run in others.items():
-            results.measure(key | {"engine": engine}, lambda i=inputs, r=run: r(i))
+    def measure(self, engine: str, tokens: int, results: Results) -> None:
+        """One engine at one size, or our steps."""
+        inputs = random_inputs(self.shape, tokens, batches_for(tokens))
+        plan = plan_for(self.layer.device_name, self.shape, tokens, self.table)
+
+        def ours() -> dict[str, Any]:
+            us, floor = median_us(whole_layer(self.layer, plan), inputs), floor_us(self.shape, inputs)
+            plain = msgspec.to_builtins(plan)
+            return {"us": round(us, 2), "floor_us": round(floor, 2), "over_floor": round(us / floor, 2), "plan": plain}
+
+        def of_steps() -> dict[str, Any]:
+            return step_times(self.layer, inputs, plan)
+
+        run = {"lightship": ours, STEPS: of_steps}.get(engine) or (lambda: self.others[engine](inputs))
+        results.measure({"shape": self.name, "M": tokens, "engine": engine}, run)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="tp8,ep8")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--seconds", type=float, default=240)
     parser.add_argument("--sglang", type=Path, help="a W4AFP8 checkpoint directory; compare with SGLang")
+    parser.add_argument("--table", type=Path, help="a table of `lightship tune`, in place of the shipped one")
     parser.add_argument("--no-errors", action="store_true")
     default = Path(os.environ.get("OUT", Path(__file__).parent)) / "moe_kernel.json"
     parser.add_argument("--out", type=Path, default=default)
     arguments = parser.parse_args()
-    results = Results(arguments.out, arguments.seconds)
-    sglang = None
+    tuned = read_table(arguments.table) if arguments.table else None
+    results = Results(arguments.out, arguments.seconds, str(arguments.table or "shipped"))
+    token_counts = [int(t) for t in arguments.tokens.split(",")]
+    cases = [Case(name, SHAPES[name], tuned) for name in arguments.shapes.split(",")]
+    measure(cases, ("lightship", STEPS), token_counts, results)
+    for case in cases if not arguments.no_errors else ():
+        errors(case.name, case.shape, results)
     if arguments.sglang:
         from benchmarks import moe_kernel_sglang as sglang
 
-        sglang.start(arguments.sglang)
-    for name in arguments.shapes.split(","):
-        shape = SHAPES[name]
-        if not arguments.no_errors:
-            errors(name, shape, results, sglang)
-        torch.cuda.empty_cache()
-        times(name, shape, results, [int(t) for t in arguments.tokens.split(",")], sglang)
-        torch.cuda.empty_cache()
+        results.measure({"engine": "sglang", "shape": "", "M": 0}, lambda: sglang.start(arguments.sglang))
+        for case in cases:
+            case.others = sglang.engines(case.shape, random_layer(case.shape))
+        for engine in cases[0].others:
+            measure(cases, (engine,), token_counts, results)
+            for case in cases if not arguments.no_errors else ():
+                sglang.error(engine, case, results)
+
+
+def measure(cases: list[Case], engines: tuple[str, ...], token_counts: list[int], results: Results) -> None:
+    """These engines at every shape and size."""
+    for case in cases:
+        for tokens in token_counts:
+            for engine in engines:
+                case.measure(engine, tokens, results)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
 """SGLang's own W4AFP8 and FP8 block MoE layers, as engines of `moe_kernel`. Written for SGLang 0.5.17."""
 
+import functools
 import glob
 import json
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.moe_kernel import Results, relative_error
+from benchmarks.moe_kernel import ERROR_TOKENS, Case, Results, reference, relative_error, static_scales
 
-from lightship.serving.moe.timing import Tokens, median_us
+from lightship.serving.moe.timing import Tokens, median_us, random_inputs, random_layer
 from lightship.serving.moe.tuning import Shape
 from lightship.w4afp8 import dequantize_int4, quantize_fp8_blocks
 
 
-def start(checkpoint: Path) -> None:
-    """Set what SGLang expects of a server around a layer."""
+def start(checkpoint: Path) -> dict[str, Any]:
+    """Set what SGLang expects of a server around a layer; its version."""
     from sglang.srt.distributed import parallel_state
     from sglang.srt.runtime_context import get_context
     from sglang.srt.server_args import ServerArgs
@@ -35,6 +37,7 @@ def start(checkpoint: Path) -> None:
         world_size=1, rank=0, local_rank=0, distributed_init_method="tcp://127.0.0.1:29511", backend="nccl"
     )
     parallel_state.initialize_model_parallel(1)
+    return {"version": version("sglang")}
 
 
 class W4AFP8:
@@ -129,14 +132,15 @@ def fp8_candidates(tokens: int) -> dict[str, dict[str, int]]:
 
 
 def engines(shape: Shape, weights: dict[str, torch.Tensor]) -> dict[str, Callable[[list[Tokens]], dict[str, Any]]]:
-    """What `moe_kernel` times beside its own layer."""
-    w4, fp8 = W4AFP8(shape, weights), FP8(shape, weights)
+    """What `moe_kernel` times beside its own layer; layers are made when they are first timed."""
+    w4_of, fp8_of = functools.cache(lambda: W4AFP8(shape, weights)), functools.cache(lambda: FP8(shape, weights))
 
     def time_w4(inputs: list[Tokens]) -> dict[str, Any]:
+        w4 = w4_of()
         return {"us": round(median_us(w4, [w4.adapt(i) for i in inputs]), 2)}
 
     def time_fp8(inputs: list[Tokens]) -> dict[str, Any]:
-        return {"us": round(median_us(fp8, inputs), 2)}
+        return {"us": round(median_us(fp8_of(), inputs), 2)}
 
     def time_tuned(inputs: list[Tokens]) -> dict[str, Any]:
         from sglang.srt.layers.moe.moe_runner.triton_utils import override_config
@@ -145,7 +149,7 @@ def engines(shape: Shape, weights: dict[str, torch.Tensor]) -> dict[str, Callabl
         for name, config in fp8_candidates(len(inputs[0][0])).items():
             try:
                 with override_config(config):
-                    measured[name] = round(median_us(fp8, inputs), 2)
+                    measured[name] = round(median_us(fp8_of(), inputs, replays=10), 2)
             except Exception as error:
                 print("failed:", name, repr(error)[:120], flush=True)
         best = min(measured, key=lambda name: measured[name])
@@ -154,25 +158,20 @@ def engines(shape: Shape, weights: dict[str, torch.Tensor]) -> dict[str, Callabl
     return {"sglang W4AFP8": time_w4, "sglang FP8": time_fp8, "sglang FP8 tuned": time_tuned}
 
 
-def errors(
-    name: str,
-    shape: Shape,
-    results: Results,
-    weights: dict[str, torch.Tensor],
-    given: Tokens,
-    want: torch.Tensor,
-    scales: tuple[torch.Tensor, torch.Tensor],
-) -> None:
-    """SGLang's relative errors on the same weights and inputs."""
+def error(engine: str, case: Case, results: Results) -> None:
+    """SGLang's relative error on the weights and inputs of `moe_kernel.errors`."""
+    if engine not in ("sglang W4AFP8", "sglang FP8"):
+        return
 
-    def w4() -> dict[str, Any]:
-        layer = W4AFP8(shape, weights)
-        layer.scales = (scales[0].reshape(1), scales[1].reshape(1))
+    def measure() -> dict[str, Any]:
+        weights = random_layer(case.shape)
+        (given,) = random_inputs(case.shape, ERROR_TOKENS, 1, seed=7)
+        want = reference(weights, given)
+        if engine == "sglang FP8":
+            return {"relative_error": relative_error(FP8(case.shape, weights)(given), want)}
+        layer = W4AFP8(case.shape, weights)
+        first, second = static_scales(weights, given)
+        layer.scales = (first.reshape(1), second.reshape(1))
         return {"relative_error": relative_error(layer(layer.adapt(given)), want)}
 
-    def fp8() -> dict[str, Any]:
-        return {"relative_error": relative_error(FP8(shape, weights)(given), want)}
-
-    key = {"shape": name, "M": len(given[0])}
-    results.measure(key | {"engine": "sglang W4AFP8"}, w4)
-    results.measure(key | {"engine": "sglang FP8"}, fp8)
+    results.measure({"shape": case.name, "M": ERROR_TOKENS, "engine": engine}, measure)

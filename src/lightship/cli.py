@@ -223,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         help="tp8 or ep8 of DeepSeek-V3, or a rank's H,I,E,K[,TOTAL]; may be given several times",
     )
-    sub.add_argument("--tokens", help="numbers of tokens, as 1,16,256 (default: powers of two up to 8192)")
+    sub.add_argument("--tokens", help="numbers of tokens, as 1,16,256 (default: ten from 1 to 8192)")
     sub.add_argument("--out", type=Path, required=True, help="the table, a JSON file")
 
     sub = command("promote", _promote, "Make a release that passed the gate the champion.", "promote 3f2a")
