@@ -57,6 +57,16 @@ def split_scales(pair):
 
 
 @triton.jit
+def add_scaled(acc, product, scale, ORDERED: tl.constexpr):
+    """acc + product * scale, float32. ORDERED: before the next product's instructions, not all at the loop's end."""
+    if INTERPRETED or not ORDERED:
+        return acc + product * scale
+    return tl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [product, scale, acc], dtype=tl.float32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def to_fp8(x, inverse):
     """x * inverse in e4m3, to nearest, saturating."""
     x = x * inverse

@@ -11,8 +11,9 @@ Where tiles are too few to fill the GPU, the inputs are split over several progr
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lightship.serving.moe.decode import FP8_MAX, LEAST, UNIT, expand, split_scales, to_fp8
+from lightship.serving.moe.decode import FP8_MAX, LEAST, UNIT, add_scaled, expand, split_scales, to_fp8
 from lightship.serving.moe.routing import Routed
 from lightship.serving.moe.tuning import GateUp
 from lightship.w4afp8 import GROUP
@@ -46,10 +47,11 @@ def gate_up(
     lists = (experts_TK, None, None, None) if routed is None else (
         routed.tile_expert, routed.tile_start, routed.tile_end, routed.pair_P
     )  # fmt: skip
+    tensor = TensorDescriptor.from_tensor(w13.view(-1, GROUP), [GROUP, GROUP]) if how.tma else None
     _gate_up[(tiles * split * (intermediate // GROUP),)](
-        q_TH, scale_T, w13, w13_scale, *lists, input_scale, h_PI, h_scale_PG, sums, pairs,
+        q_TH, scale_T, w13, tensor, w13_scale, *lists, input_scale, h_PI, h_scale_PG, sums, pairs, ORDERED=how.ordered,
         TOP_K=experts_TK.shape[1], EXPERTS=experts, HIDDEN=hidden, INTER=intermediate, SPLIT=split, BLOCK_M=block_m,
-        STAGES=how.stages, num_warps=how.warps,
+        STAGES=how.stages, num_warps=how.warps, maxnreg=how.registers,
     )  # fmt: skip
     if sums is not None:
         _activate[(pairs, intermediate // GROUP)](
@@ -60,9 +62,9 @@ def gate_up(
 
 @triton.jit(do_not_specialize=["pairs"])
 def _gate_up(
-    q_ptr, scale_ptr, w_ptr, w_scale_ptr, expert_ptr, start_ptr, end_ptr, pair_ptr, input_scale_ptr, h_ptr, h_scale_ptr,
-    sums_ptr, pairs, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, INTER: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    q_ptr, scale_ptr, w_ptr, w_tensor, w_scale_ptr, expert_ptr, start_ptr, end_ptr, pair_ptr, input_scale_ptr, h_ptr,
+    h_scale_ptr, sums_ptr, pairs, ORDERED: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     COLUMNS: tl.constexpr = INTER // 128
     STEPS: tl.constexpr = (HIDDEN + 255) // 256
@@ -90,6 +92,7 @@ def _gate_up(
     first = expert.to(tl.int64) * STEPS + step_0
     x = q_ptr + token[:, None].to(tl.int64) * HIDDEN + (step_0 * 256 + k)[None, :]
     w = w_ptr + first * (OUTPUTS * 128) + (n[:, None] * 128 + k[None, :])
+    w_row = (expert * STEPS + step_0) * OUTPUTS + column * 128
     s = w_scale_ptr + first * OUTPUTS + n
     gate = tl.zeros((128, BLOCK_M), tl.float32)
     up = tl.zeros((128, BLOCK_M), tl.float32)
@@ -102,23 +105,28 @@ def _gate_up(
             x_1 = tl.load(x + 128, mask=inside[:, None], other=0.0)
         else:
             x_1 = tl.load(x + 128, mask=inside[:, None] & (step_0 + step + 1 < STEPS), other=0.0)
-        w_gate = tl.load(w)
-        w_up = tl.load(w + INTER * 128)
+        if w_tensor is None:
+            w_gate = tl.load(w)
+            w_up = tl.load(w + INTER * 128)
+        else:
+            w_gate = w_tensor.load([w_row, 0])
+            w_up = w_tensor.load([w_row + INTER, 0])
         s += OUTPUTS
         gate_scale_next = tl.load(s, mask=step + 1 < steps, other=0)
         up_scale_next = tl.load(s + INTER, mask=step + 1 < steps, other=0)
         low, high = expand(w_gate)
         s_0, s_1 = split_scales(gate_scale)
-        gate += tl.dot(low, x_0.T) * s_0[:, None]
-        gate += tl.dot(high, x_1.T) * s_1[:, None]
+        gate = add_scaled(gate, tl.dot(low, x_0.T), s_0[:, None], ORDERED)
+        gate = add_scaled(gate, tl.dot(high, x_1.T), s_1[:, None], ORDERED)
         low, high = expand(w_up)
         s_0, s_1 = split_scales(up_scale)
-        up += tl.dot(low, x_0.T) * s_0[:, None]
-        up += tl.dot(high, x_1.T) * s_1[:, None]
+        up = add_scaled(up, tl.dot(low, x_0.T), s_0[:, None], ORDERED)
+        up = add_scaled(up, tl.dot(high, x_1.T), s_1[:, None], ORDERED)
         gate_scale = gate_scale_next
         up_scale = up_scale_next
         x += 256
         w += OUTPUTS * 128
+        w_row += OUTPUTS
 
     x_scale = tl.load(scale_ptr + token, mask=inside, other=0.0)
     gate *= x_scale[None, :]

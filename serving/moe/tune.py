@@ -84,9 +84,12 @@ def gate_ups(tokens: int, block_m: int, direct: bool) -> list[GateUp]:
     """Candidates for the first product."""
     if direct:
         return [GateUp(split, 8, 3) for split in {1: (7,), 2: (4, 7)}.get(tokens, (2, 4))]
+    few = GateUp(1, 8, 3, ordered=True, registers=128)
     if block_m == 16:
-        return [GateUp(1, 4, 3), GateUp(2, 4, 3) if tokens <= 16 else GateUp(1, 4, 2)]
-    return [GateUp(1, 8, 3)]
+        return [GateUp(1, 4, 3), GateUp(2, 4, 3) if tokens <= 16 else GateUp(1, 4, 2), few]
+    if block_m == 32:
+        return [GateUp(1, 8, 3), few]
+    return [GateUp(1, 8, 3), GateUp(1, 8, 3, tma=True), GateUp(1, 8, 3, ordered=True), GateUp(1, 8, 3, True, True)]
 
 
 def downs(shape: Shape, tokens: int, block_m: int, direct: bool) -> list[tuple[Down, int]]:
@@ -152,8 +155,9 @@ class Steps:
             down.down_in_chunks(*w2, made["routed"], plan, made["out"])
 
     def time(self, step: Callable[[dict[str, Any], Plan], None], plan: Plan) -> float:
-        """Median microseconds of a step; infinite if the GPU cannot run it so."""
+        """Median microseconds of a step; infinite if this GPU and compiler cannot run it so."""
         try:
             return median_us(lambda made: step(made, plan), self.made, replays=10)
-        except triton.runtime.errors.OutOfResources:
+        except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError) as error:
+            print(f"not run: {plan}: {error!r:.200}", flush=True)
             return float("inf")

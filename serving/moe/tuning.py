@@ -4,7 +4,7 @@
 
 A table is one JSON file a device, named after it, in `tables/`: for each shape, the plan that was fastest at each
 number of tokens it was measured at. A call takes the plan of the nearest number of tokens at or above its own, or the
-last one.
+rule's beyond the last one.
 """
 
 import functools
@@ -22,11 +22,18 @@ L2_BYTES = 32 << 20
 
 
 class GateUp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the first product runs: parts that the inputs are split into, warps, and loads in flight."""
+    """How the first product runs: parts that the inputs are split into, warps, and loads in flight.
+
+    tma: weights come by tensor descriptors. ordered: products are added up one by one, which takes fewer registers.
+    registers: the most that a thread may have.
+    """
 
     split: int = 1
     warps: int = 8
     stages: int = 3
+    tma: bool = False
+    ordered: bool = False
+    registers: int | None = None
 
 
 class Down(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -134,8 +141,8 @@ def parse_tokens(text: str) -> tuple[int, ...]:
 def plan_for(device: str, shape: Shape, tokens: int, table: tuple[Entry, ...] | None = None) -> Plan:
     """The plan of the table, by default the device's shipped one, for this shape, if it has one, or else the rule's."""
     for entry in shipped(device) if table is None else table:
-        if entry.shape == shape and entry.measured:
-            return next((m.plan for m in entry.measured if tokens <= m.tokens), entry.measured[-1].plan)
+        if entry.shape == shape:
+            return next((m.plan for m in entry.measured if tokens <= m.tokens), rule(shape, tokens))
     return rule(shape, tokens)
 
 

@@ -38,6 +38,7 @@ PLANS = {
     "direct": Plan(16, direct=True, gate_up=GateUp(split=2), down=Down(block_n=64)),
     "sorted": Plan(16, down=Down(walk=2)),
     "split": Plan(32, gate_up=GateUp(split=2)),
+    "by descriptors": Plan(16, gate_up=GateUp(tma=True)),
     "chunked": Plan(16, down=Down(walk=2), chunks=2),
 }
 EXPERTS, HIDDEN, INTER, TOP_K = 4, 384, 256, 3
