@@ -103,7 +103,11 @@ def downs(shape: Shape, tokens: int, block_m: int, direct: bool) -> list[tuple[D
         return [(Down(128, 1, 4, 3), 1), (Down(128, 1, 8, 3), 1), (Down(64, 1, 4, 4), 1)]
     between = tokens * shape.top_k * shape.experts / shape.total * shape.hidden * 2
     chunks = sorted({min(28, math.ceil(between / size)) for size in (8 << 20, 16 << 20, 32 << 20, 64 << 20)} | {1})
-    hows = [Down(128, 14, 4, 3), Down(128, 2, 4, 3)] if narrow else [Down(128, 1, 4, 3), Down(128, 1, 8, 3)]
+    hows = (
+        [Down(128, 14, 4, 3), Down(128, 2, 4, 3)]
+        if narrow
+        else [Down(128, 1, 4, 3), Down(128, 1, 8, 3), Down(64, 1, 4, 3)]
+    )
     return [(how, c) for c in chunks for how in hows if shape.hidden // c >= how.block_n * how.walk or c == 1]
 
 
