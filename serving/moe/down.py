@@ -174,7 +174,7 @@ def _write(y, acc, n, inside, width, WHOLE: tl.constexpr):
     tl.store(y + n[None, :], tl.trans(acc.to(tl.bfloat16)), mask=mask)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit
 def _combine(
     y_ptr, expert_ptr, out_ptr, y_stride, out_stride, width, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,

@@ -104,7 +104,7 @@ def downs(shape: Shape, tokens: int, block_m: int, direct: bool) -> list[tuple[D
     between = tokens * shape.top_k * shape.experts / shape.total * shape.hidden * 2
     chunks = sorted({min(28, math.ceil(between / size)) for size in (8 << 20, 16 << 20, 32 << 20, 64 << 20)} | {1})
     hows = (
-        [Down(128, 14, 4, 3), Down(128, 2, 4, 3)]
+        [Down(128, walk, 4, 3) for walk in (14, 4, 2)]
         if narrow
         else [Down(128, 1, 4, 3), Down(128, 1, 8, 3), Down(64, 1, 4, 3)]
     )

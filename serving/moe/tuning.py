@@ -180,5 +180,5 @@ def rule(shape: Shape, tokens: int) -> Plan:
         return Plan(16, down=Down(walk=walk))
     own = tokens * shape.top_k * shape.experts / shape.total
     chunks = min(14, math.ceil(own * shape.hidden * 2 / L2_BYTES))
-    walk = 2 if chunks > 1 and walk > 1 else walk
+    walk = 4 if chunks > 1 and walk > 1 else walk
     return Plan(32 if rows <= 24 else 64, down=Down(walk=walk), chunks=chunks)

@@ -28,10 +28,10 @@ PLANS = {
     "direct": Plan(16, direct=True, gate_up=GateUp(split=8), down=Down(block_n=64)),
     "16 rows, split": Plan(16, gate_up=GateUp(split=3, warps=4), down=Down(walk=14)),
     "32 rows": Plan(32, down=Down(walk=7, warps=8)),
-    "64 rows, by descriptors": Plan(64, gate_up=GateUp(tma=True, ordered=True), down=Down(walk=2)),
+    "64 rows, by descriptors": Plan(64, gate_up=GateUp(tma=True, ordered=True), down=Down(walk=4)),
     "32 rows, few registers": Plan(32, gate_up=GateUp(ordered=True, registers=128), down=Down(walk=7, warps=8)),
-    "64 rows, chunked": Plan(64, down=Down(walk=2), chunks=14),
-    "64 rows, a smaller last chunk": Plan(64, down=Down(walk=2), chunks=5),
+    "64 rows, chunked": Plan(64, down=Down(walk=4), chunks=14),
+    "64 rows, a smaller last chunk": Plan(64, down=Down(walk=4), chunks=5),
 }
 STATIC = ("direct", "64 rows, chunked")
 
