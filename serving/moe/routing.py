@@ -41,8 +41,8 @@ def quantize(x_TH: torch.Tensor, input_scale: torch.Tensor | None, scale_T: torc
     """x_TH bf16 to e4m3 by token, or by `input_scale`, into q_TH; scale_T undoes it, and the weights' unit."""
     tokens, hidden = x_TH.shape
     _prepare[(tokens,)](
-        x_TH, input_scale, q_TH, scale_T, x_TH.stride(0), None, None, None, None, None, 0, 0, HIDDEN=hidden, EXPERTS=0,
-        CHUNK=0, ONCE=True, BLOCK_M=16, num_warps=8,
+        x_TH, input_scale, q_TH, scale_T, x_TH.stride(0), None, None, None, None, None, 0, 0, HIDDEN=hidden,
+        WIDTH=triton.next_power_of_2(hidden), EXPERTS=0, CHUNK=0, ONCE=True, BLOCK_M=16, num_warps=8,
     )  # fmt: skip
 
 
@@ -63,8 +63,9 @@ def quantize_and_sort(
     chunk = next((c for c in CHUNKS if pairs <= c), CHUNKS[-1])
     _prepare[(experts + tokens,)](
         x_TH, input_scale, q_TH, scale_T, x_TH.stride(0), experts_TK, routed.pair_P, routed.tile_expert,
-        routed.tile_start, routed.tile_end, pairs, tiles, HIDDEN=hidden, EXPERTS=experts, CHUNK=chunk,
-        ONCE=pairs <= chunk, BLOCK_M=block_m, num_warps=8,
+        routed.tile_start, routed.tile_end, pairs, tiles, HIDDEN=hidden,
+        WIDTH=triton.next_power_of_2(hidden), EXPERTS=experts, CHUNK=chunk, ONCE=pairs <= chunk,
+        BLOCK_M=block_m, num_warps=8,
     )  # fmt: skip
     return routed
 
@@ -72,13 +73,13 @@ def quantize_and_sort(
 @triton.jit(do_not_specialize=["pairs", "tiles"])
 def _prepare(
     x_ptr, input_scale_ptr, q_ptr, scale_ptr, x_stride, experts_ptr, pair_ptr, tile_expert_ptr, tile_start_ptr,
-    tile_end_ptr, pairs, tiles, HIDDEN: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, ONCE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    tile_end_ptr, pairs, tiles, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    ONCE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The first EXPERTS programs each collect the pairs of one expert; each of the others quantizes a token."""
     program = tl.program_id(0)
     if program >= EXPERTS:
-        _quantize_token(x_ptr, input_scale_ptr, q_ptr, scale_ptr, program - EXPERTS, x_stride, HIDDEN)
+        _quantize_token(x_ptr, input_scale_ptr, q_ptr, scale_ptr, program - EXPERTS, x_stride, HIDDEN, WIDTH)
     elif EXPERTS > 0:
         start, count = _count(experts_ptr, pairs, program, CHUNK, ONCE)
         _list_tiles(tile_expert_ptr, tile_start_ptr, tile_end_ptr, tiles, program, start, count, EXPERTS, BLOCK_M)
@@ -86,8 +87,11 @@ def _prepare(
 
 
 @triton.jit
-def _quantize_token(x_ptr, input_scale_ptr, q_ptr, scale_ptr, token, x_stride, HIDDEN: tl.constexpr):
-    column = tl.arange(0, triton.next_power_of_2(HIDDEN))
+def _quantize_token(
+    x_ptr, input_scale_ptr, q_ptr, scale_ptr, token, x_stride, HIDDEN: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """`WIDTH`: the power of two that holds HIDDEN, from the host: SGLang puts its own in Triton's place."""
+    column = tl.arange(0, WIDTH)
     inside = column < HIDDEN
     x = tl.load(x_ptr + token.to(tl.int64) * x_stride + column, mask=inside, other=0.0)
     if input_scale_ptr is None:

@@ -74,7 +74,7 @@ def method_class() -> type:
             check_scales(self.arrivals, layer.w13_weight_scale_inv.data, ("w1", "w3"))
             check_scales(self.arrivals, layer.w2_weight_scale_inv.data, ("w2",))
 
-            from lightship.serving.moe import FusedExperts
+            from lightship.serving.moe.layer import FusedExperts
 
             def scalar(*shards: str) -> torch.Tensor:
                 value = self.arrivals.input_scale(*shards) if static else 1.0
