@@ -23,6 +23,7 @@ def down_in_chunks(
     weights_TK: torch.Tensor,
     routed: Routed,
     plan: Plan,
+    scale: float,
     out_TH: torch.Tensor,
 ) -> None:
     """`down` and `combine` by turns over chunks of out's columns.
@@ -33,7 +34,7 @@ def down_in_chunks(
     width = triton.cdiv(triton.cdiv(hidden, block_n), plan.chunks) * block_n
     y_PW = out_TH.new_empty(len(h_PI), width)
     for first in range(0, hidden, width):
-        down(h_PI, h_scale_PG, w2, w2_scale, weights_TK, routed, plan, first, y_PW)
+        down(h_PI, h_scale_PG, w2, w2_scale, weights_TK, routed, plan, scale, first, y_PW)
         combine(y_PW, experts_TK, len(w2), out_TH[:, first : first + width])
 
 
@@ -45,17 +46,18 @@ def down(
     weights_TK: torch.Tensor,
     routed: Routed,
     plan: Plan,
+    scale: float,
     first: int,
     y_PW: torch.Tensor,
 ) -> None:
-    """Fill y_PW bf16, by pair, of this rank's pairs: outputs `first` to `first` + W, times the pair's weight."""
+    """Fill y_PW bf16, by pair, of this rank's pairs: outputs `first` to `first` + W, times weight and `scale`."""
     how, hidden, width = plan.down, w2.shape[2], y_PW.shape[1]
     blocks = triton.cdiv(width, how.block_n * how.walk)
     _down[(len(routed.tile_expert) * blocks,)](
         h_PI, h_scale_PG, w2, w2_scale, weights_TK, routed.tile_expert, routed.tile_start, routed.tile_end,
-        routed.pair_P, y_PW, width, first, min(width, hidden - first), blocks, HIDDEN=hidden, INTER=h_PI.shape[1],
-        WHOLE=hidden % width == 0 and blocks * how.block_n * how.walk == width, BLOCK_M=plan.block_m,
-        BLOCK_N=how.block_n, WALK=how.walk, STAGES=how.stages, num_warps=how.warps,
+        routed.pair_P, y_PW, scale, width, first, min(width, hidden - first), blocks, HIDDEN=hidden,
+        INTER=h_PI.shape[1], WHOLE=hidden % width == 0 and blocks * how.block_n * how.walk == width,
+        BLOCK_M=plan.block_m, BLOCK_N=how.block_n, WALK=how.walk, STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip
 
 
@@ -80,12 +82,13 @@ def down_and_combine(
     experts_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     how: Down,
+    scale: float,
     out_TH: torch.Tensor,
 ) -> None:
     """`down` and `combine` of rows that lie in the order of the pairs."""
     (tokens, hidden), top_k = out_TH.shape, experts_TK.shape[1]
     _down_and_combine[(tokens * triton.cdiv(hidden, how.block_n),)](
-        h_PI, h_scale_PG, w2, w2_scale, experts_TK, weights_TK, out_TH, out_TH.stride(0), TOP_K=top_k,
+        h_PI, h_scale_PG, w2, w2_scale, experts_TK, weights_TK, out_TH, out_TH.stride(0), scale, TOP_K=top_k,
         SLOTS=max(16, triton.next_power_of_2(top_k)), EXPERTS=w2.shape[0], HIDDEN=hidden, INTER=h_PI.shape[1],
         BLOCK_N=how.block_n, STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip
@@ -93,9 +96,9 @@ def down_and_combine(
 
 @triton.jit(do_not_specialize=["blocks"])
 def _down(
-    h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, weight_ptr, expert_ptr, start_ptr, end_ptr, pair_ptr, y_ptr, y_stride,
-    first, width, blocks, HIDDEN: tl.constexpr, INTER: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, WALK: tl.constexpr, STAGES: tl.constexpr,
+    h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, weight_ptr, expert_ptr, start_ptr, end_ptr, pair_ptr, y_ptr, scale,
+    y_stride, first, width, blocks, HIDDEN: tl.constexpr, INTER: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WALK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Outputs `first` to `first` + `width` of the rows; WHOLE: programs have nothing beyond `width`."""
     STEPS: tl.constexpr = (INTER + 255) // 256
@@ -107,7 +110,7 @@ def _down(
     row = tl.load(start_ptr + tile) + tl.arange(0, BLOCK_M)
     inside = row < tl.load(end_ptr + tile)
     pair = tl.load(pair_ptr + row, mask=inside, other=0)
-    weight = tl.load(weight_ptr + pair, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + pair, mask=inside, other=0.0) * scale
     y = y_ptr + pair[:, None].to(tl.int64) * y_stride
     w_ptr += expert.to(tl.int64) * (STEPS * HIDDEN * 128) + first * 128
     w_scale_ptr += expert.to(tl.int64) * (STEPS * HIDDEN) + first
@@ -192,7 +195,7 @@ def _combine(
 
 @triton.jit
 def _down_and_combine(
-    h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, expert_ptr, weight_ptr, out_ptr, out_stride, TOP_K: tl.constexpr,
+    h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, expert_ptr, weight_ptr, out_ptr, out_stride, scale, TOP_K: tl.constexpr,
     SLOTS: tl.constexpr, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, INTER: tl.constexpr, BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -205,7 +208,7 @@ def _down_and_combine(
     pair = token * TOP_K + slot
     expert = tl.load(expert_ptr + pair, mask=slot < TOP_K, other=-1).to(tl.int32)
     here = (expert >= 0) & (expert < EXPERTS)
-    weight = tl.load(weight_ptr + pair, mask=here, other=0.0)
+    weight = tl.load(weight_ptr + pair, mask=here, other=0.0) * scale
     order = tl.cumsum(here.to(tl.int32), axis=0) - 1
     h = h_ptr + pair[:, None] * INTER
     h_scale = h_scale_ptr + pair * (INTER // 128)

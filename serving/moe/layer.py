@@ -7,7 +7,7 @@ import torch
 from lightship.errors import ServingError
 from lightship.serving.moe import down, gate_up, routing
 from lightship.serving.moe.packing import pack_scales, pack_weights
-from lightship.serving.moe.tuning import Plan, Shape, plan_for
+from lightship.serving.moe.tuning import Plan, Shape, plan_for, table_for
 from lightship.w4afp8 import GROUP
 
 Activations = Literal["dynamic", "static"]
@@ -30,6 +30,10 @@ class FusedExperts:
         activations: `dynamic`: an FP8 scale for each token of x, and for each pair and 128 columns of the intermediate,
             found at run time, so that the numbers do not depend on the sharding; `static`: the checkpoint's.
         top_k, total_experts: experts a token chooses, of how many in the model: they decide which plans fit.
+        scale: what the sum is multiplied by, the router's factor; it costs no launch.
+
+    Attributes:
+        tuning: where plans come from: the file name of the shipped table that has this shape, or `built in`, the rule.
 
     Raises:
         ServingError: tensors do not belong together, sizes are not multiples of 128, or static scales are missing.
@@ -47,9 +51,11 @@ class FusedExperts:
         activations: Activations = "dynamic",
         top_k: int = 8,
         total_experts: int | None = None,
+        scale: float = 1.0,
     ) -> None:
         experts, hidden, intermediate = _sizes(w13, w13_scale, w2, w2_scale)
         self.shape = Shape(hidden, intermediate, experts, top_k, total_experts or experts)
+        self.scale = float(scale)
         self.input_scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if activations == "static":
             if w13_input_scale is None or w2_input_scale is None:
@@ -60,6 +66,7 @@ class FusedExperts:
         self.w13, self.w13_scale = pack_weights(w13), pack_scales(w13_scale)
         self.w2, self.w2_scale = pack_weights(w2), pack_scales(w2_scale)
         self.device_name = torch.cuda.get_device_name(w13.device) if w13.is_cuda else "cpu"
+        self.tuning = table_for(self.device_name, self.shape) or "built in"
 
     def __call__(
         self,
@@ -112,12 +119,12 @@ class FusedExperts:
         )  # fmt: skip
         if routed is None:
             down.down_and_combine(
-                h_PI, h_scale_PG, self.w2, self.w2_scale, experts_TK, weights_TK, plan.down, out
-            )  # fmt: skip
+                h_PI, h_scale_PG, self.w2, self.w2_scale, experts_TK, weights_TK, plan.down, self.scale, out
+            )
             return
         down.down_in_chunks(
-            h_PI, h_scale_PG, self.w2, self.w2_scale, experts_TK, weights_TK, routed, plan, out
-        )  # fmt: skip
+            h_PI, h_scale_PG, self.w2, self.w2_scale, experts_TK, weights_TK, routed, plan, self.scale, out
+        )
 
 
 def _sizes(

@@ -154,9 +154,9 @@ class Steps:
         """The second product and the sum."""
         w2 = made["h"], made["h_scale"], self.layer.w2, self.layer.w2_scale, made["experts"], made["weights"]
         if plan.direct:
-            down.down_and_combine(*w2, plan.down, made["out"])
+            down.down_and_combine(*w2, plan.down, self.layer.scale, made["out"])
         else:
-            down.down_in_chunks(*w2, made["routed"], plan, made["out"])
+            down.down_in_chunks(*w2, made["routed"], plan, self.layer.scale, made["out"])
 
     def time(self, step: Callable[[dict[str, Any], Plan], None], plan: Plan) -> float:
         """Median microseconds of a step; infinite if this GPU and compiler cannot run it so."""

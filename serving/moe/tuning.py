@@ -2,9 +2,9 @@
 
     lightship tune --shape tp8 --out NVIDIA_H100_80GB_HBM3.json
 
-A table is one JSON file a device, named after it, in `tables/`: for each shape, the plan that was fastest at each
-number of tokens it was measured at. A call takes the plan of the nearest number of tokens at or above its own, or the
-rule's beyond the last one.
+A table is one JSON file a device, named after it, in `tables/`; an H200 without one takes the H100's. It has, for each
+shape, the plan that was fastest at each number of tokens it was measured at. A call takes the plan of the nearest
+number of tokens at or above its own, or the rule's beyond the last one.
 """
 
 import functools
@@ -17,6 +17,9 @@ from lightship.errors import ServingError
 from lightship.w4afp8 import GROUP
 
 TABLES = Path(__file__).parent / "tables"
+STAND_INS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}
+"""Devices that take another's table where they have none of their own: the same multiprocessors and as many, so the
+same plans fit; which of them is fastest beside an H200's faster memory has not been measured."""
 L2_BYTES = 32 << 20
 """What the rule lets lie between the second product and the sum: most of a Hopper GPU's L2 cache."""
 
@@ -148,9 +151,20 @@ def plan_for(device: str, shape: Shape, tokens: int, table: tuple[Entry, ...] | 
 
 @functools.cache
 def shipped(device: str) -> tuple[Entry, ...]:
-    """The entries of a device's shipped table; none if there is no table."""
-    path = TABLES / file_name(device)
-    return read_table(path) if path.exists() else ()
+    """The entries of a device's shipped table, or of its stand-in's; none if there is no table."""
+    path = _path(device)
+    return read_table(path) if path else ()
+
+
+def table_for(device: str, shape: Shape) -> str | None:
+    """The file name of the shipped table from which a device takes this shape's plans; None if the rule makes them."""
+    path = _path(device)
+    return path.name if path and any(entry.shape == shape for entry in shipped(device)) else None
+
+
+def _path(device: str) -> Path | None:
+    paths = [TABLES / file_name(name) for name in (device, STAND_INS.get(device)) if name]
+    return next((path for path in paths if path.exists()), None)
 
 
 def read_table(path: Path) -> tuple[Entry, ...]:

@@ -88,19 +88,19 @@ def method_class() -> type:
                 scalar("w1", "w3"),
                 scalar("w2"),
                 activations=self.settings.activations,
+                top_k=layer.top_k or 8,
+                total_experts=layer.num_experts,
+                scale=self.moe_runner_config.routed_scaling_factor or 1.0,
             )
             _free(layer, self.prefix)
-            tuning = str(getattr(self.experts, "tuning", "built in"))
-            activity.serve(self.settings, tuning, first_rank=layer.moe_ep_rank == 0 and layer.moe_tp_rank == 0)
+            activity.serve(
+                self.settings, self.experts.tuning, first_rank=layer.moe_ep_rank == 0 and layer.moe_tp_rank == 0
+            )
 
         def apply(self, layer: Any, dispatch_output: Any) -> Any:  # noqa: ARG002
             """This rank's part of the output, [T, H] bf16, scaled as SGLang's is; experts -1 are other ranks'."""
             topk_weights_TK, topk_ids_TK, _ = dispatch_output.topk_output
-            weights_TK = topk_weights_TK.float()
-            factor = self.moe_runner_config.routed_scaling_factor or 1.0
-            if factor != 1.0:
-                weights_TK = weights_TK * factor
-            y_TH = self.experts(dispatch_output.hidden_states, topk_ids_TK.int(), weights_TK)
+            y_TH = self.experts(dispatch_output.hidden_states, topk_ids_TK.int(), topk_weights_TK.float())
             return StandardCombineInput(hidden_states=y_TH)
 
     return LightshipW4AFp8MoEMethod

@@ -183,6 +183,7 @@ class FusedMoE(torch.nn.Module):
         prefix: str = "model.layers.1.mlp.experts",
         tp: tuple[int, int] = (0, 1),
         ep: tuple[int, int] = (0, 1),
+        top_k: int | None = None,
         num_fused_shared_experts: int = 0,
         params_dtype: torch.dtype = torch.bfloat16,
         quant_config: Any = None,
@@ -190,6 +191,7 @@ class FusedMoE(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.params_dtype = params_dtype
+        self.top_k = top_k
         self.num_experts = num_experts
         self.num_fused_shared_experts = num_fused_shared_experts
         (self.moe_tp_rank, self.moe_tp_size), (self.moe_ep_rank, self.moe_ep_size) = tp, ep
@@ -261,20 +263,24 @@ class ReferenceExperts:
         w2_scale: torch.Tensor,
         w13_input_scale: torch.Tensor,
         w2_input_scale: torch.Tensor,
+        *,
         activations: Any,
+        top_k: int,
+        total_experts: int,
+        scale: float,
     ) -> None:
         assert (w13_scale.dtype, w2_scale.dtype) == (torch.bfloat16, torch.bfloat16)
         assert (w13_input_scale.dtype, w13_input_scale.shape) == (torch.float32, ())
         names = ("w13", "w13_scale", "w2", "w2_scale", "w13_input_scale", "w2_input_scale")
         tensors = dict(zip(names, (w13, w13_scale, w2, w2_scale, w13_input_scale, w2_input_scale), strict=True))
         self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        self.activations = activations
+        self.activations, self.top_k, self.total_experts, self.scale = activations, top_k, total_experts, scale
         self._reference = W4AFP8Experts(self.tensors, TensorParallel(), torch.float32, activations)
 
     def __call__(self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         assert (experts_TK.dtype, weights_TK.dtype) == (torch.int32, torch.float32)
         here = experts_TK >= 0
-        return self._reference(x_TH, experts_TK.clamp(min=0).long(), weights_TK * here)
+        return self._reference(x_TH, experts_TK.clamp(min=0).long(), weights_TK * here * self.scale)
 
 
 @pytest.fixture(params=VERSIONS)
@@ -299,7 +305,7 @@ def sglang(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     }
     for name, content in modules.items():
         _install(monkeypatch, f"sglang.srt.{name}", content)
-    _install(monkeypatch, "lightship.serving.moe", {"FusedExperts": ReferenceExperts})
+    _install(monkeypatch, "lightship.serving.moe.layer", {"FusedExperts": ReferenceExperts})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")

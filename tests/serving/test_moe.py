@@ -94,6 +94,13 @@ def test_every_plan_is_the_reference(weights: Tensors, plan: Plan) -> None:
     assert relative_error(got, reference(weights, *given(tokens), "dynamic")) < TOLERANCE
 
 
+@pytest.mark.parametrize("plan", [PLANS["direct"], PLANS["chunked"]], ids=["direct", "chunked"])
+def test_a_scale_is_in_the_weights(weights: Tensors, plan: Plan) -> None:
+    x_TH, experts_TK, weights_TK = given(2)
+    got = fused(weights, scale=2.5)(x_TH, experts_TK, weights_TK, plan=plan)
+    assert got.equal(fused(weights)(x_TH, experts_TK, weights_TK * 2.5, plan=plan))
+
+
 def test_no_tokens_are_no_work(weights: Tensors) -> None:
     assert fused(weights)(*given(0)).shape == (0, HIDDEN)
 

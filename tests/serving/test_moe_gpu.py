@@ -64,6 +64,13 @@ def test_every_plan_is_the_reference(weights: Tensors, layer: FusedExperts, plan
     assert relative_error(got, reference(weights, x_TH, experts_TK, weights_TK, "dynamic")) < TOLERANCE
 
 
+@pytest.mark.parametrize("plan", [PLANS["direct"], PLANS["64 rows, chunked"]], ids=["direct", "chunked"])
+def test_a_scale_is_in_the_weights(weights: Tensors, layer: FusedExperts, plan: Plan) -> None:
+    x_TH, experts_TK, weights_TK = given(5)
+    got = fused(weights, top_k=TOP_K, scale=2.5)(x_TH, experts_TK, weights_TK, plan=plan)
+    assert torch.equal(got, layer(x_TH, experts_TK, weights_TK * 2.5, plan=plan))
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 2, 16, 64, 256, 1024, 4096, 9001])
 def test_the_layer_is_the_reference_at_every_size_and_gives_the_same_bits_twice(
     weights: Tensors, layer: FusedExperts, tokens: int

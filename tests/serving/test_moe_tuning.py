@@ -7,7 +7,18 @@ import pytest
 
 from lightship.errors import ServingError
 from lightship.serving.moe import tuning
-from lightship.serving.moe.tuning import SHAPES, Down, Entry, GateUp, Measured, Plan, Table, parse_shape, parse_tokens
+from lightship.serving.moe.tuning import (
+    SHAPES,
+    Down,
+    Entry,
+    GateUp,
+    Measured,
+    Plan,
+    Shape,
+    Table,
+    parse_shape,
+    parse_tokens,
+)
 
 SHAPE = SHAPES["tp8"]
 PLANS = [Plan(16, gate_up=GateUp(split=2)), Plan(64, gate_up=GateUp(tma=True), down=Down(walk=2), chunks=14)]
@@ -35,6 +46,29 @@ def test_a_shipped_table_is_found_by_the_devices_name(table: Path, monkeypatch: 
     tuning.shipped.cache_clear()
     assert tuning.plan_for("Some GPU", SHAPE, 16) == PLANS[0]
     assert tuning.plan_for("Another GPU", SHAPE, 16) == tuning.rule(SHAPE, 16)
+
+
+def test_a_device_without_a_table_takes_its_stand_ins(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "TABLES", table.parent)
+    monkeypatch.setattr(tuning, "STAND_INS", {"New GPU": "Some GPU"})
+    tuning.shipped.cache_clear()
+    assert tuning.plan_for("New GPU", SHAPE, 16) == PLANS[0]
+    assert tuning.table_for("New GPU", SHAPE) == "Some_GPU.json"
+    (table.parent / "New_GPU.json").write_bytes(msgspec.json.encode(Table("New GPU", "3.6.0", "2026-11-25", [])))
+    tuning.shipped.cache_clear()
+    assert tuning.plan_for("New GPU", SHAPE, 16) == tuning.rule(SHAPE, 16)
+    assert tuning.table_for("New GPU", SHAPE) is None
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_ranks_of_deepseek_v3_have_shipped_plans_at_every_size_that_a_launch_has(device: str) -> None:
+    tuning.shipped.cache_clear()
+    for shape in SHAPES.values():
+        assert tuning.table_for(device, shape) == "NVIDIA_H100_80GB_HBM3.json"
+        [entry] = [entry for entry in tuning.shipped(device) if entry.shape == shape]
+        assert entry.measured[-1].tokens == 8192
+    assert tuning.table_for(device, Shape(7168, 256, 256, 8, 512)) is None
+    assert tuning.table_for("NVIDIA A100", SHAPE) is None
 
 
 def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:

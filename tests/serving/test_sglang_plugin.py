@@ -448,6 +448,16 @@ def test_the_checkpoint_reaches_the_kernels_unchanged(plugin: types.SimpleNamesp
     assert layer(x, weights, ids).equal(reference(x, ids.long(), weights))
 
 
+@pytest.mark.parametrize("parallel", [{"tp": (1, 2)}, {"ep": (1, 2)}])
+def test_the_kernels_learn_the_models_experts_and_how_many_a_token_chooses(
+    plugin: types.SimpleNamespace, parallel: dict[str, object]
+) -> None:
+    layer = layer_of(plugin, top_k=TOP, **parallel)
+    load(layer, checkpoint())
+    experts = layer.quant_method.experts
+    assert (experts.top_k, experts.total_experts) == (TOP, EXPERTS)
+
+
 @pytest.mark.parametrize("factor", [2.5, 1.0, None])
 def test_the_routed_scaling_factor_is_applied_once(plugin: types.SimpleNamespace, factor: float | None) -> None:
     scaled, plain = run(plugin, checkpoint(), 1, "tp", factor), run(plugin, checkpoint(), 1, "tp")
