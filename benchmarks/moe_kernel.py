@@ -13,6 +13,7 @@ written after every step. `moe_kernel_render` makes tables and a plot of it, on 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -25,6 +26,7 @@ from typing import Any
 import msgspec
 import torch
 
+from lightship import __version__
 from lightship.serving.moe.layer import Activations, FusedExperts
 from lightship.serving.moe.timing import Tokens, batches_for, median_us, random_inputs, random_layer
 from lightship.serving.moe.tune import Steps
@@ -43,8 +45,10 @@ class Results:
     def __init__(self, path: Path, seconds: float, plans: str) -> None:
         self.path, self.end, self.rows = path, time.monotonic() + seconds, list[dict[str, Any]]()
         self.head = {
-            "command": "python -m benchmarks.moe_kernel " + " ".join(sys.argv[1:]),
+            "command": "python -m benchmarks.moe_kernel " + " ".join(without_folder(word) for word in sys.argv[1:]),
             "device": torch.cuda.get_device_name(),
+            "driver": driver(),
+            "lightship": __version__,
             "torch": torch.__version__,
             "triton": version("triton"),
             "sglang": version("sglang") if find_spec("sglang") else None,
@@ -65,6 +69,17 @@ class Results:
         self.rows.append(row)
         print(f"[{time.monotonic() - start:5.1f} s]", json.dumps(row, default=str), flush=True)
         self.path.write_text(json.dumps(self.head | {"rows": self.rows}, indent=1, default=str) + "\n")
+
+
+def without_folder(word: str) -> str:
+    """A word of the command; of an absolute path only the last part, as the rest says nothing elsewhere."""
+    return Path(word).name if word.startswith("/") else word
+
+
+def driver() -> str:
+    """The version of the GPU's driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def floor_us(shape: Shape, inputs: list[Tokens]) -> float:
@@ -179,7 +194,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default)
     arguments = parser.parse_args()
     tuned = read_table(arguments.table) if arguments.table else None
-    results = Results(arguments.out, arguments.seconds, str(arguments.table or "shipped"))
+    results = Results(arguments.out, arguments.seconds, arguments.table.name if arguments.table else "shipped")
     token_counts = [int(t) for t in arguments.tokens.split(",")]
     cases = [Case(name, SHAPES[name], tuned) for name in arguments.shapes.split(",")]
     measure(cases, ("lightship", STEPS), token_counts, results)
