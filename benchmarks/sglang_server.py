@@ -9,8 +9,10 @@ many layers as fit, timed by SGLang's own client. A stage's servers run at once 
     python -m benchmarks.sglang_server demo WORK             # SGLang's environment from here on
     python -m benchmarks.sglang_server model BIG --layers 16 # the random model, FP8 and W4AFP8
     python -m benchmarks.sglang_server bench BIG --seconds 500
+    python -m benchmarks.sglang_server merge FILE...         # results from elsewhere; also the table in docs/sglang.md
 
-Each writes what it has found after every step into $OUT/sglang_server.json (benchmarks/ by default).
+Each writes what it has found after every step into $OUT/sglang_server.json (benchmarks/ by default). There, servers
+of the demo model stay beside those of another run of the same day, GPU, versions and flags, each with its own date.
 """
 
 import argparse
@@ -38,6 +40,8 @@ ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo" / "checkpoint"
 OUT = Path(os.environ.get("OUT", ROOT / "benchmarks")) / "sglang_server.json"
 COMMAND = "python -m benchmarks.sglang_server"
+PAGE = ROOT / "docs" / "sglang.md"
+START, END = "<!-- written by benchmarks.sglang_server -->", "<!-- end -->"
 FIRST_PORT = 30100
 
 FLAGS = [
@@ -88,7 +92,8 @@ NOISE = 1.15
 the FP8 server of the same run differs from its own: that is SGLang's bf16 and its kernels, not the experts."""
 DIFFERENCE = 0.2
 """No server, FP8 or not, may differ from its reference by more than this in that mean: otherwise an FP8 server that is
-wrong would excuse the others. benchmarks/sglang_loads.json found 0.124 for FP8 and 0.127 for W4AFP8."""
+wrong would excuse the others. sglang_server.json has 0.122 for FP8 and 0.128 for SGLang's W4AFP8."""
+DISTANCE = "mean_absolute_difference to the local engine"
 MEAN_SHIFT = 0.02
 """And the mean log-probability may be off by this many nats a token."""
 
@@ -102,14 +107,21 @@ CALIBRATION_SEQUENCES, CALIBRATION_SEQUENCE_TOKENS = 64, 512
 def main() -> None:
     """Run one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["prepare", "site", "demo", "model", "bench", "client"])
-    parser.add_argument("work", type=lambda text: Path(text).absolute())
+    parser.add_argument("step", choices=["prepare", "site", "demo", "model", "bench", "client", "merge"])
+    parser.add_argument("work", nargs="+", type=lambda text: Path(text).absolute(), help="a folder; of merge, files")
     parser.add_argument("--configurations", nargs="+", choices=list(CONFIGURATIONS), default=list(DEFAULT))
     parser.add_argument("--concurrencies", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--layers", type=int, default=16, help="MoE layers of the random model (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=540, help="end after this time (default: %(default)s)")
     parser.add_argument("--flags", default="", help="more flags for every server, in one string")
     arguments = parser.parse_args()
+    if arguments.step == "merge":
+        merge(arguments.work, OUT)
+        write_table(OUT, PAGE)
+        return
+    if len(arguments.work) > 1:
+        parser.error(f"the step {arguments.step} takes one folder, not {len(arguments.work)}")
+    [arguments.work] = arguments.work
     arguments.work.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + arguments.seconds
     match arguments.step:
@@ -349,15 +361,17 @@ class Result:
         import torch
 
         self.stage, self.file = stage, file
+        date = datetime.now(UTC).isoformat(timespec="seconds")
         self.entry: dict[str, Any] = {
             "command": f"{COMMAND} {stage} WORK",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "date": date,
             "gpu": torch.cuda.get_device_name(),
             "torch": str(torch.__version__),
             "sglang": version("sglang"),
             "flags": " ".join(flags),
             "servers": {
                 server.name: {
+                    "date": date,
                     "flags": " ".join(CONFIGURATIONS[server.name].flags),
                     "environment": CONFIGURATIONS[server.name].environment,
                     "ready_seconds": server.ready_seconds,
@@ -370,13 +384,80 @@ class Result:
         self.save()
 
     def save(self) -> None:
-        """Write the file, keeping the other stages'."""
+        """Write the file, keeping the other stages', and servers of this one where that makes sense."""
         kept = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.file.write_text(json.dumps(kept | {self.stage: self.entry}, indent=2) + "\n")
+        entry = self.entry if differences(kept.get(self.stage), self.entry) else together(kept[self.stage], self.entry)
+        self.file.write_text(json.dumps(kept | {self.stage: entry}, indent=2) + "\n")
 
     def show(self) -> None:
         """Print this stage's entry."""
         print(json.dumps(self.entry, indent=1))
+
+
+def differences(old: dict[str, Any] | None, new: dict[str, Any]) -> list[str]:
+    """Why the servers of two entries of a stage cannot stand side by side; empty if they can."""
+    if old is None:
+        return ["there is only one"]
+    if "runs" in old or "runs" in new:
+        return ["speeds are compared in one run"]
+    days = [f"date {old['date'][:10]} and {new['date'][:10]}"] * (old["date"][:10] != new["date"][:10])
+    return days + [
+        f"{key} {old[key]} and {new[key]}" for key in ("gpu", "torch", "sglang", "flags") if old[key] != new[key]
+    ]
+
+
+def together(*entries: dict[str, Any]) -> dict[str, Any]:
+    """Entries of a stage as one: a server is as the last one has it, with the date of its entry, and judged anew."""
+    servers = {name: {"date": entry["date"]} | found for entry in entries for name, found in entry["servers"].items()}
+    entry = entries[-1] | {"servers": servers}
+    _judge(entry)
+    return entry
+
+
+def merge(files: list[Path], out: Path) -> None:
+    """Put results from elsewhere together in `out`.
+
+    Raises:
+        SystemExit: a file is not there, or its servers cannot stand beside the others.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        if not file.is_file():
+            raise SystemExit(f"{file} is not there: name sglang_server.json files that this benchmark wrote")
+        for stage, entry in json.loads(file.read_text()).items():
+            if stage in merged and (reasons := differences(merged[stage], entry)):
+                raise SystemExit(f"{file}: its stage {stage} cannot be merged: {'; '.join(reasons)}; run it again")
+            merged[stage] = together(merged[stage], entry) if stage in merged else entry
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    out.write_text(json.dumps(kept | merged, indent=2) + "\n")
+
+
+def write_table(result: Path, page: Path) -> None:
+    """The demo model's servers, as a table between the page's marks."""
+    before, rest = page.read_text().split(START)
+    entry = json.loads(result.read_text())["demo"]
+    page.write_text(f"{before}{START}\n\n{table(entry)}\n\n{END}{rest.split(END)[1]}")
+
+
+def table(entry: dict[str, Any]) -> str:
+    """What ran where and when, and a row for each server."""
+    titles = [
+        *("server", "date", "mean log-probability", "local engine's", "mean absolute difference", "agrees"),
+        *("questions right", "ready after, s"),
+    ]
+    rows = []
+    for name, found in entry["servers"].items():
+        means = (
+            f"{found[key]:.4f}" for key in ("mean_log_probability", "mean_log_probability, local engine", DISTANCE)
+        )
+        verdict = "yes" if found["agrees"] else "**no**"
+        right = f"{found['accuracy'] * found['questions']:.0f} of {found['questions']}, {100 * found['accuracy']:.2f} %"
+        rows.append(
+            [name, found["date"][:16].replace("T", " "), *means, verdict, right, f"{found['ready_seconds']:.0f}"]
+        )
+    lines = [f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows)]
+    about = f"`{entry['command']}`, {entry['gpu']}, SGLang {entry['sglang']}, torch {entry['torch']}."
+    return "\n".join([about, f"Agrees: {entry['tolerance'].replace('_', ' ')}.", "", *lines])
 
 
 def compare_answers(work: Path, servers: list[Server], result: Result) -> None:
@@ -399,29 +480,30 @@ def compare_answers(work: Path, servers: list[Server], result: Result) -> None:
             "tokens": len(rows),
             "mean_log_probability": statistics.fmean(rows),
             "mean_log_probability, local engine": statistics.fmean(expected),
-            "mean_absolute_difference to the local engine": _mean_difference(rows, expected),
+            DISTANCE: _mean_difference(rows, expected),
             "questions": len(right),
             "accuracy": statistics.fmean(right),
         }
         result.save()
-    _judge(result.entry, served)
+    _judge(result.entry)
+    if {"stock", "plugin"} <= served.keys():
+        between = _mean_difference(served["plugin"], served["stock"])
+        result.entry["mean_absolute_difference of plugin and stock"] = between
     result.save()
 
 
-def _judge(entry: dict[str, Any], served: dict[str, list[float]]) -> None:
-    difference = "mean_absolute_difference to the local engine"
+def _judge(entry: dict[str, Any]) -> None:
+    """Say of each server that has answered whether it agrees with the local engine."""
+    answered = {name: found for name, found in entry["servers"].items() if DISTANCE in found}
     entry["tolerance"] = (
         f"mean_absolute_difference at most {DIFFERENCE}, and {NOISE} x that of fp8 if it is there; "
         f"mean_log_probability within {MEAN_SHIFT}"
     )
-    limit = min(DIFFERENCE, NOISE * entry["servers"]["fp8"][difference]) if "fp8" in served else DIFFERENCE
-    for name in served:
-        found = entry["servers"][name]
+    limit = min(DIFFERENCE, NOISE * answered["fp8"][DISTANCE]) if "fp8" in answered else DIFFERENCE
+    for name, found in answered.items():
         shift = found["mean_log_probability"] - found["mean_log_probability, local engine"]
         own_limit = DIFFERENCE if name == "fp8" else limit
-        found["agrees"] = bool(found[difference] <= own_limit and abs(shift) <= MEAN_SHIFT)
-    if {"stock", "plugin"} <= served.keys():
-        entry["mean_absolute_difference of plugin and stock"] = _mean_difference(served["plugin"], served["stock"])
+        found["agrees"] = bool(found[DISTANCE] <= own_limit and abs(shift) <= MEAN_SHIFT)
 
 
 def _log_probabilities(server: Server, ids: list[int]) -> list[float]:
