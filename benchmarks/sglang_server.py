@@ -447,6 +447,9 @@ def table(entry: dict[str, Any]) -> str:
     ]
     rows = []
     for name, found in entry["servers"].items():
+        if DISTANCE not in found:
+            rows.append([name, found["date"][:16].replace("T", " "), found.get("error", "no answer"), *[""] * 5])
+            continue
         means = (
             f"{found[key]:.4f}" for key in ("mean_log_probability", "mean_log_probability, local engine", DISTANCE)
         )

@@ -1,6 +1,7 @@
 """Tensor against expert parallelism on eight GPUs: a simulation from measured kernel times, and the real comparison.
 
     python -m benchmarks.tp_vs_ep simulate          # a CPU; reads benchmarks/moe_kernel.json, writes tp_vs_ep.json, .md
+    python -m benchmarks.tp_vs_ep render            # tp_vs_ep.md from tp_vs_ep.json
     python -m benchmarks.tp_vs_ep real CHECKPOINT   # eight GPUs and SGLang: both servers in turn, SGLang's own client
 
 What is simulated is the MoE layer. Under TP-8 each rank does an eighth of every expert for every token, so all ranks
@@ -13,7 +14,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,6 +50,13 @@ class Constants:
 
 CONSTANTS = Constants()
 CONCURRENCIES = (16, 64, 256)
+MIDDLE = str(CONCURRENCIES[1])
+"""That a page speaks of; a key of the result as JSON has it."""
+ENGINES = ("lightship", "sglang W4AFP8")
+REFERENCE_TTFT, REFERENCE_QUERIES = -0.20, 0.14
+"""What was reported elsewhere of TP over EP, with W4AFP8 experts on eight GPUs; how uneven routing was is not known."""
+NEAR = 0.05
+"""A simulation within so much of both is said to reproduce them."""
 ZIPF = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 STEPS = 64
 """Draws of a step's routing; each is one layer of one step."""
@@ -95,15 +103,25 @@ class Kernel:
         return self.us[low] + slope * (max(tokens, sizes[0]) - low)
 
 
-def read_kernels(path: Path, column: str) -> tuple[Kernel, Kernel]:
-    """The kernels at TP-8 and EP-8: rows {shard: "TP-8", tokens: 16, `column`: us} of benchmarks/moe_kernel.json."""
+def read_kernels(path: Path, engine: str) -> tuple[Kernel, Kernel]:
+    """An engine at TP-8 and EP-8: rows {shape: "tp8", M: 16, engine:, us:} of benchmarks/moe_kernel.json.
+
+    Raises:
+        SystemExit: the file is not there, or lacks the engine at a shard, or at 1, 64 and more tokens.
+    """
     if not path.is_file():
         raise SystemExit(
             f"{path} is not there: run benchmarks/moe_kernel.py on a Hopper GPU, or name a file by --times"
         )
     rows = json.loads(path.read_text())["rows"]
-    us = {shard: {r["tokens"]: r[column] for r in rows if r["shard"] == shard} for shard in ("TP-8", "EP-8")}
-    return Kernel(us["TP-8"], EXPERTS, TOP), Kernel(us["EP-8"], EXPERTS // RANKS, TOP / RANKS)
+    us = {
+        shape: {r["M"]: r["us"] for r in rows if (r["shape"], r["engine"]) == (shape, engine) and "us" in r}
+        for shape in ("tp8", "ep8")
+    }
+    for shape, times in us.items():
+        if missing := {1, 64, 1024} - times.keys():
+            raise SystemExit(f"{path} lacks {engine!r} at {shape} for {sorted(missing)} tokens: measure them too")
+    return Kernel(us["tp8"], EXPERTS, TOP), Kernel(us["ep8"], EXPERTS // RANKS, TOP / RANKS)
 
 
 # Routing.
@@ -269,34 +287,139 @@ def _mean(values: Any) -> float:
 # What is written.
 
 
-def run_simulation(times: Path, column: str) -> None:
-    """Simulate every routing and write tp_vs_ep.json and tp_vs_ep.md."""
-    from lightship.files import write_json, write_text
+def run_simulation(times: Path, engines: list[str]) -> None:
+    """Simulate every routing with every engine's kernels and write tp_vs_ep.json and tp_vs_ep.md."""
+    from lightship.files import write_json
 
-    tp, ep = read_kernels(times, column)
+    kernels = {engine: read_kernels(times, engine) for engine in engines}
+    measured = json.loads(times.read_text())
     routers = {f"Zipf {skew}": zipf_router(skew) for skew in ZIPF} | {"demo model": demo_router(*demo_choices())}
     result = {
-        "command": f"{COMMAND} --times {times.name} --kernel {column}",
+        "command": COMMAND,
         "date": datetime.now(UTC).date().isoformat(),
         "simulation": True,
-        "times": f"{times.name}, {column}",
-        "kernels": {
-            name: asdict(kernel) | {"us_an_expert": kernel.us_an_expert} for name, kernel in (("tp", tp), ("ep", ep))
-        },
+        "times": f"{times.name}: {measured['device']}, SGLang {measured['sglang']}, {measured['date']}",
         "constants": asdict(CONSTANTS),
-        "routing": {name: simulate(router, tp, ep) for name, router in routers.items()},
+        "engines": {
+            engine: {
+                "kernels": {
+                    name: asdict(kernel) | {"us_an_expert": kernel.us_an_expert}
+                    for name, kernel in (("tp", tp), ("ep", ep))
+                },
+                "routing": {name: simulate(router, tp, ep) for name, router in routers.items()},
+            }
+            for engine, (tp, ep) in kernels.items()
+        },
     }
     write_json(OUT / "tp_vs_ep.json", result)
-    write_text(OUT / "tp_vs_ep.md", report(result))
-    print(report(result))
+    render(OUT)
+
+
+def render(folder: Path) -> None:
+    """Write tp_vs_ep.md from tp_vs_ep.json."""
+    from lightship.files import write_text
+
+    page = report(json.loads((folder / "tp_vs_ep.json").read_text()))
+    write_text(folder / "tp_vs_ep.md", page)
+    print(page)
 
 
 def report(result: dict[str, Any]) -> str:
-    """The result as a page, with the arithmetic."""
-    c, mid, kernels = CONSTANTS, CONCURRENCIES[1], result["kernels"]
-    shown = result["routing"]["Zipf 0.5"]
+    """The result, as the file has it, as a page with the arithmetic."""
+    c, mid, engines = CONSTANTS, MIDDLE, result["engines"]
+    first = next(iter(engines))
+    shown = engines[first]["routing"]["Zipf 0.5"]
     ttft, step = shown["ttft_ms"]["ep"], shown["step_ms"]["ep"][mid]
-    queries = 60_000 * mid / (mid * ttft + c.output_tokens * step)
+    queries = 60_000 * int(mid) / (int(mid) * ttft + c.output_tokens * step)
+    prices = "; ".join(
+        f"{engine} {tp['us_an_expert']:.2f} us at TP-8, {ep['us_an_expert']:.2f} at EP-8"
+        for engine, tp, ep in _both(engines)
+    )
+    tables = "\n\n".join(f"## {engine}\n\n{_table(found['routing'])}" for engine, found in engines.items())
+    findings = "\n".join(finding(engine, found) for engine, found in engines.items())
+    return f"""# TP-8 against EP-8: a simulation
+
+`{result["command"]}`, {result["date"]}. **Not a measurement of eight GPUs.**
+
+- Measured, on one GPU and with even routing: the times of one MoE layer on one rank
+  ({result["times"]}).
+- Simulated, on the {LAYERS} MoE layers of DeepSeek-V3: the routing, the ranks that wait for the fullest, the exchange
+  between them, the rest of the model, and prompts of {c.prompt_tokens} tokens with answers of {c.output_tokens}.
+
+A negative TTFT and positive queries a minute speak for TP.
+
+{tables}
+
+## Is the reference reproduced?
+
+The reference reports TTFT {REFERENCE_TTFT:+.0%} and queries a minute {REFERENCE_QUERIES:+.0%} for TP over EP.
+Within {NEAR * 100:.0f} points of both, at concurrency {mid}:
+
+{findings}
+
+Two things are in these figures. EP waits for its fullest rank, which costs it more the more uneven the router is, with
+every engine. And the kernels themselves may be faster at one shard, which no routing changes: at {mid} tokens
+{_at_middle(engines)}.
+Where an engine's kernels are faster at EP-8, TP starts from behind.
+
+How uneven the reference's routing was is not known here, nor are its engine, GPUs and load. So agreement at some Zipf
+law shows that the mechanism is large enough, not that it is the cause.
+
+## The arithmetic, and what is assumed
+
+- A rank's time for its experts: the measured time at its number of (token, expert) pairs, by straight lines, less the
+  price of each expert that uniform routing would have touched and this did not:
+  {prices}.
+- A layer: {c.other_us:g} us and {c.other_us_a_token:g} us a token for all but the routed experts; the experts of the
+  slowest rank; the exchange, {c.exchange_latency_us:g} us and 2 x 7/8 x tokens x {HIDDEN} x 2 bytes
+  at {c.nvlink_gb_s:g} GB/s. That is the same for `--tp 8` and `--tp 8 --ep 8`, which both all-reduce. By all-to-all:
+  twice the latency, and the fullest rank's tokens in FP8 and back in bf16. These four numbers are assumed.
+- TTFT: {LAYERS} layers of a step with the whole prompt. Queries a minute at concurrency C: 60000 C / (C x TTFT +
+  {c.output_tokens} x a step of C tokens). For EP, {first}, Zipf 0.5, C = {mid}:
+  60000 x {mid} / ({mid} x {ttft:.2f} + {c.output_tokens} x {step:.2f}) = {queries:.1f}.
+- Zipf s: the k-th most wanted of 256 experts is wanted as 1/k^s, in a new order for each of {STEPS} draws; top 8 of the
+  best 4 of 8 groups. `demo model`: the experts that it chose on held-out text, two of its 16 on each rank.
+
+What is left out: EPLB, which moves experts to even the load; the router's bias, by which DeepSeek-V3 evened it in
+training; overlap of exchange and compute; waiting in queues. The real comparison, where eight GPUs are:
+`python -m benchmarks.tp_vs_ep real CHECKPOINT`.
+"""
+
+
+def finding(engine: str, found: dict[str, Any]) -> str:
+    """Which routings reproduce the reference with an engine's kernels."""
+    pairs = {
+        name: (r["tp against ep"]["ttft"], r["tp against ep"]["queries_per_minute"][MIDDLE])
+        for name, r in found["routing"].items()
+    }
+    near = [
+        f"{name} ({ttft:+.1%}, {queries:+.1%})"
+        for name, (ttft, queries) in pairs.items()
+        if abs(ttft - REFERENCE_TTFT) <= NEAR and abs(queries - REFERENCE_QUERIES) <= NEAR
+    ]
+    if near:
+        return f"- {engine}: **reproduced** by {', '.join(near)}, and by none of the others."
+    most = min(pairs, key=lambda name: pairs[name][0])
+    return (
+        f"- {engine}: **not reproduced** by any; {most} comes nearest, {pairs[most][0]:+.1%} and {pairs[most][1]:+.1%}."
+    )
+
+
+def _at_middle(engines: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{engine} takes {tp['us'][MIDDLE]:.0f} us at TP-8 and {ep['us'][MIDDLE]:.0f} at EP-8"
+        for engine, tp, ep in _both(engines)
+    )
+
+
+def _both(engines: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """An engine's name, and its kernels at TP-8 and at EP-8."""
+    for engine, found in engines.items():
+        yield engine, found["kernels"]["tp"], found["kernels"]["ep"]
+
+
+def _table(routing: dict[str, Any]) -> str:
+    mid = MIDDLE
     heads = [
         "routing",
         f"fullest rank over mean: {mid} tokens",
@@ -307,50 +430,20 @@ def report(result: dict[str, Any]) -> str:
         *(f"queries/min at {n}" for n in CONCURRENCIES),
         f"at {mid}, EP by all-to-all",
     ]
-    rows = "\n".join(_row(name, found) for name, found in result["routing"].items())
-    return f"""# TP-8 against EP-8: a simulation
-
-`{result["command"]}`, {result["date"]}. **Not a measurement of eight GPUs.** The times of the MoE layer
-are measured on one GPU ({result["times"]}) with uniform routing; how uneven routing makes ranks
-wait is computed from them. Prompts of {c.prompt_tokens} tokens, answers of {c.output_tokens}, the {LAYERS} MoE layers
-of DeepSeek-V3.
-
-| {" | ".join(heads)} |
-|{"---|" * len(heads)}
-{rows}
-
-A negative TTFT and positive queries a minute speak for TP.
-
-## The arithmetic
-
-- A rank's time for its experts: the measured time at its number of (token, expert) pairs, by straight lines, less
-  {kernels["tp"]["us_an_expert"]:.2f} us (TP-8) or {kernels["ep"]["us_an_expert"]:.2f} us (EP-8) for each expert that
-  uniform routing would have touched and this did not.
-- A layer: {c.other_us:g} us and {c.other_us_a_token:g} us a token for all but the routed experts; the experts of the
-  slowest rank; the exchange, {c.exchange_latency_us:g} us and 2 x 7/8 x tokens x {HIDDEN} x 2 bytes
-  at {c.nvlink_gb_s:g} GB/s. That is the same for `--tp 8` and `--tp 8 --ep 8`, which both all-reduce. By all-to-all:
-  twice the latency, and the fullest rank's tokens in FP8 and back in bf16.
-- TTFT: {LAYERS} layers of a step with the whole prompt. Queries a minute at concurrency C: 60000 C / (C x TTFT +
-  {c.output_tokens} x a step of C tokens). For EP, Zipf 0.5, C = {mid}:
-  60000 x {mid} / ({mid} x {ttft:.2f} + {c.output_tokens} x {step:.2f}) = {queries:.1f}.
-- Zipf s: the k-th most wanted of 256 experts is wanted as 1/k^s, in a new order for each of {STEPS} draws; top 8 of the
-  best 4 of 8 groups. `demo model`: the experts that it chose on held-out text, two of its 16 on each rank.
-
-What is left out: EPLB, which moves experts to even the load; overlap of exchange and compute; waiting in queues. The
-real comparison, where eight GPUs are: `python -m benchmarks.tp_vs_ep real CHECKPOINT`.
-"""
+    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    return "\n".join([*lines, *(_row(name, found) for name, found in routing.items())])
 
 
 def _row(name: str, found: dict[str, Any]) -> str:
-    mid, against = CONCURRENCIES[1], found["tp against ep"]
+    mid, against = MIDDLE, found["tp against ep"]
     cells = [
         name,
         f"{found['imbalance'][mid]:.2f}",
-        f"{found['imbalance'][CONSTANTS.prompt_tokens]:.2f}",
+        f"{found['imbalance'][str(CONSTANTS.prompt_tokens)]:.2f}",
         f"{found['ttft_ms']['tp']:.1f}",
         f"{found['ttft_ms']['ep']:.1f}",
         f"{against['ttft']:+.1%}",
-        *(f"{against['queries_per_minute'][n]:+.1%}" for n in CONCURRENCIES),
+        *(f"{against['queries_per_minute'][str(n)]:+.1%}" for n in CONCURRENCIES),
         f"{found['tp against ep, all-to-all']['queries_per_minute'][mid]:+.1%}",
     ]
     return f"| {' | '.join(cells)} |"
@@ -381,14 +474,17 @@ def main() -> None:
     steps = parser.add_subparsers(dest="step", required=True)
     sub = steps.add_parser("simulate")
     sub.add_argument("--times", type=Path, default=TIMES, help="measured kernel times (default: %(default)s)")
-    sub.add_argument("--kernel", default="lightship_us", help="the column of it to take (default: %(default)s)")
+    sub.add_argument("--engines", nargs="+", default=list(ENGINES), help="whose kernels (default: %(default)s)")
+    steps.add_parser("render")
     sub = steps.add_parser("real")
     sub.add_argument("checkpoint", type=Path)
     sub.add_argument("--work", type=Path, default=Path("tp_vs_ep_work"))
     sub.add_argument("--seconds", type=float, default=3600, help="for each server (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.step == "simulate":
-        run_simulation(arguments.times, arguments.kernel)
+        run_simulation(arguments.times, arguments.engines)
+    elif arguments.step == "render":
+        render(OUT)
     else:
         arguments.work.mkdir(parents=True, exist_ok=True)
         compare_servers(arguments.checkpoint, arguments.work.absolute(), arguments.seconds)

@@ -7,14 +7,17 @@ import pytest
 import torch
 from benchmarks.tp_vs_ep import (
     CONSTANTS,
+    ENGINES,
     EXPERTS,
     RANKS,
+    TIMES,
     TOP,
     Kernel,
     choose,
     count,
     demo_router,
     exchange_us,
+    finding,
     layer_us,
     queries_per_minute,
     read_kernels,
@@ -94,14 +97,32 @@ def test_queries_a_minute_are_prompts_and_steps() -> None:
 
 def test_kernel_times_are_read_by_shard(tmp_path: Path) -> None:
     rows = [
-        {"shard": shard, "tokens": tokens, "lightship_us": us}
-        for shard, kernel in (("TP-8", TP), ("EP-8", EP))
+        {"shape": shape, "M": tokens, "engine": "lightship", "us": us}
+        for shape, kernel in (("tp8", TP), ("ep8", EP))
         for tokens, us in kernel.us.items()
     ]
-    (tmp_path / "times.json").write_text(json.dumps({"rows": rows}))
-    assert read_kernels(tmp_path / "times.json", "lightship_us") == (TP, EP)
+    steps = {"shape": "tp8", "M": 1, "engine": "lightship, its steps", "routing": 1.9}
+    failed = {"shape": "tp8", "M": 1, "engine": "sglang FP8", "error": "OutOfMemoryError"}
+    (tmp_path / "times.json").write_text(json.dumps({"rows": [steps, *rows, failed]}))
+    assert read_kernels(tmp_path / "times.json", "lightship") == (TP, EP)
+    with pytest.raises(SystemExit, match=r"lacks 'sglang FP8' at tp8 for \[1, 64, 1024\] tokens"):
+        read_kernels(tmp_path / "times.json", "sglang FP8")
     with pytest.raises(SystemExit, match=r"run benchmarks/moe_kernel\.py"):
-        read_kernels(tmp_path / "other.json", "lightship_us")
+        read_kernels(tmp_path / "other.json", "lightship")
+
+
+def test_the_committed_kernel_times_can_be_read() -> None:
+    for engine in ENGINES:
+        assert all(4096 in kernel.us for kernel in read_kernels(TIMES, engine))
+
+
+def test_the_reference_is_reproduced_only_where_both_figures_are_near() -> None:
+    def found(ttft: float, queries: float) -> dict[str, object]:
+        return {"routing": {"Zipf 1.0": {"tp against ep": {"ttft": ttft, "queries_per_minute": {"64": queries}}}}}
+
+    assert "**reproduced** by Zipf 1.0 (-19.0%, +15.0%)" in finding("x", found(-0.19, 0.15))
+    assert "**not reproduced**" in finding("x", found(-0.19, 0.02))
+    assert "**not reproduced**" in finding("x", found(-0.10, 0.14))
 
 
 def test_the_report_calls_itself_a_simulation() -> None:
@@ -111,9 +132,18 @@ def test_the_report_calls_itself_a_simulation() -> None:
         "command": "python -m benchmarks.tp_vs_ep simulate",
         "date": "2026-11-25",
         "times": "times.json",
-        "kernels": {name: {"us_an_expert": k.us_an_expert} for name, k in (("tp", TP), ("ep", EP))},
-        "routing": {"Zipf 0.5": simulate(zipf_router(0.5), TP, EP)},
+        "engines": {
+            "ours": {
+                "kernels": {name: {"us": k.us, "us_an_expert": k.us_an_expert} for name, k in (("tp", TP), ("ep", EP))},
+                "routing": {"Zipf 0.5": simulate(zipf_router(0.5), TP, EP)},
+            }
+        },
     }
-    page = report(result)
+    page = report(json.loads(json.dumps(result)))
     assert page.startswith("# TP-8 against EP-8: a simulation")
     assert "Not a measurement of eight GPUs" in page
+
+
+def test_the_committed_page_is_that_of_the_committed_result() -> None:
+    folder = TIMES.parent
+    assert (folder / "tp_vs_ep.md").read_text() == report(json.loads((folder / "tp_vs_ep.json").read_text()))
