@@ -7,11 +7,15 @@ the work directory; Dask gives the task of a worker that is killed to another, w
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from dataclasses import replace
 from functools import partial
+from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import TypeVar
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -27,6 +31,7 @@ from lightship.quant.quantize import LayerJob
 from lightship.recipe import Cluster, Recipe
 from lightship.records import Plan, Quantized
 
+T = TypeVar("T")
 EXPERTS_A_TASK = 4
 CONNECT_SECONDS = 30
 WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -98,6 +103,22 @@ def _round_layer(job: LayerJob, scheduler: str) -> None:
             ) from error
 
 
+def _deaf_to_interrupts(start: Callable[[], T]) -> T:
+    """Call `start`, with SIGINT blocked in whatever threads and processes it starts.
+
+    A terminal sends Ctrl-C to all processes: this one ends its workers, which have nothing to say about it.
+    """
+
+    def blocked() -> T:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        return start()
+
+    # Its start unblocks the signal in the thread that needs it first.
+    resource_tracker.ensure_running()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(blocked).result()
+
+
 @contextlib.contextmanager
 def _workers(cluster: Cluster) -> Iterator[str]:
     """The address of a scheduler with workers; those that the recipe has us start end with this context."""
@@ -107,7 +128,8 @@ def _workers(cluster: Cluster) -> Iterator[str]:
     # Dask sets this level when it is imported, and Prefect shows what propagates.
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     if cluster.workers:
-        with LocalCluster(
+        start = partial(
+            LocalCluster,
             n_workers=cluster.workers,
             threads_per_worker=1,
             host="127.0.0.1",
@@ -115,7 +137,8 @@ def _workers(cluster: Cluster) -> Iterator[str]:
             silence_logs=logging.CRITICAL,
             memory_limit=None,
             env=WORKER_ENVIRONMENT,
-        ) as local:
+        )
+        with _deaf_to_interrupts(start) as local:
             yield local.scheduler_address
         return
     assert cluster.scheduler

@@ -85,6 +85,6 @@ def _opened(
         if begun.get(what) != value:
             raise LightshipError(
                 f"the worker {os.uname().nodename} ({os.getpid()}) has another {what} than the run: {value}, not "
-                f"{begun.get(what)}; give all workers the same"
+                f"{begun.get(what)}; give all workers the same, and start them anew"
             )
     return checkpoint, Shards(work / RESULT, list(planned_outputs(plan_quantization(checkpoint))), shard_bytes)

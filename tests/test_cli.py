@@ -14,6 +14,7 @@ import pytest
 
 from lightship import __version__
 from lightship.checkpoint import INDEX
+from tests.commands import lightship, refusal
 from tests.quant.test_quantize import poison
 
 COMMANDS = ["plan", "quantize", "verify", "convert", "serve", "evaluate", "bench", "release", "promote", "report"]
@@ -33,19 +34,9 @@ kl = 0.1
 """
 
 
-def lightship(*arguments: str | Path, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "lightship", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
-def refusal(*arguments: str | Path, cwd: Path | None = None) -> str:
-    """The one line that a refused command prints."""
-    done = lightship(*arguments, cwd=cwd)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.startswith("lightship: error: ")
-    assert "Traceback" not in done.stderr
-    assert done.stderr.count("\n") == 1
-    return done.stderr
+def started(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """A command with an interpreter of its own."""
+    return subprocess.run([sys.executable, "-m", "lightship", *arguments], capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
@@ -57,11 +48,11 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_help_answers_in_under_300_milliseconds_warm() -> None:
-    lightship("--help")
+    started("--help")
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        done = lightship("--help")
+        done = started("--help")
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 0.3
     assert all(command in done.stdout for command in COMMANDS)
@@ -69,11 +60,11 @@ def test_help_answers_in_under_300_milliseconds_warm() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_commands_help_shows_an_example(command: str) -> None:
-    assert f"example: lightship {command}" in lightship(command, "--help").stdout
+    assert f"example: lightship {command}" in started(command, "--help").stdout
 
 
 def test_the_version_is_printed() -> None:
-    assert lightship("--version").stdout == f"lightship {__version__}\n"
+    assert started("--version").stdout == f"lightship {__version__}\n"
 
 
 def test_plan_prints_sizes_and_writes_json(fp8: Path, tmp_path: Path) -> None:

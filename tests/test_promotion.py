@@ -13,14 +13,26 @@ from lightship.records import RuleResult, Staged, Verdict
 from lightship.tracking import Tracker
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared, since MLflow takes seconds to make its tables; every test has a model of its own."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
-def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
+def tracker(home: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return Tracker.connect(tmp_path / "home")
+    return Tracker.connect(home)
 
 
 @pytest.fixture
-def directory(w4afp8: Path, tmp_path: Path, tracker: Tracker) -> Path:
+def model(tmp_path: Path) -> str:
+    """The registered model's name."""
+    return tmp_path.name
+
+
+@pytest.fixture
+def directory(w4afp8: Path, tmp_path: Path, tracker: Tracker, model: str) -> Path:
     """A finished release that passed its gate."""
     directory = tmp_path / "abc123"
     checkpoint = shutil.copytree(w4afp8, directory / "checkpoint")
@@ -36,9 +48,9 @@ def directory(w4afp8: Path, tmp_path: Path, tracker: Tracker) -> Path:
         greeting="hello",
     )
     write_json(directory / "staged.json", staged)
-    run = tracker.run_of("abc123", "m")
-    tracker.register(run.run_id, "m", "abc123", checkpoint, digest)
-    tracker.register(run.run_id, "m", "another", checkpoint, digest)
+    run = tracker.run_of("abc123", "m-abc123")
+    tracker.register(run.run_id, model, "abc123", checkpoint, digest)
+    tracker.register(run.run_id, model, "another", checkpoint, digest)
     return directory
 
 
@@ -47,36 +59,36 @@ def write_verdict(directory: Path, decision: str) -> None:
     write_json(directory / "verdict.json", Verdict(decision=decision, rules=[rule]))  # type: ignore[arg-type]
 
 
-def test_a_passing_release_becomes_champion(directory: Path, tracker: Tracker) -> None:
-    promoted = promote(directory, "m", tracker)
+def test_a_passing_release_becomes_champion(directory: Path, tracker: Tracker, model: str) -> None:
+    promoted = promote(directory, model, tracker)
     assert promoted.alias == "champion"
     assert promoted.version == "1"
 
 
 @pytest.mark.parametrize("decision", ["fail", "inconclusive"])
 def test_a_verdict_that_is_not_pass_is_refused_with_its_reason(
-    directory: Path, tracker: Tracker, decision: str
+    directory: Path, tracker: Tracker, model: str, decision: str
 ) -> None:
     write_verdict(directory, decision)
     with pytest.raises(PromotionError, match=f"not promoted, its verdict is {decision}: kl: too far"):
-        promote(directory, "m", tracker)
-    assert "champion" not in tracker.client.get_registered_model("m").aliases
+        promote(directory, model, tracker)
+    assert "champion" not in tracker.client.get_registered_model(model).aliases
 
 
-def test_a_changed_weight_is_refused_by_name(directory: Path, tracker: Tracker) -> None:
+def test_a_changed_weight_is_refused_by_name(directory: Path, tracker: Tracker, model: str) -> None:
     (shard,) = (directory / "checkpoint").glob("*.safetensors")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
     with pytest.raises(CheckpointError, match=f"{shard.name} has changed since it was quantized"):
-        promote(directory, "m", tracker)
+        promote(directory, model, tracker)
 
 
-def test_another_manifest_than_the_evaluated_one_is_refused(directory: Path, tracker: Tracker) -> None:
+def test_another_manifest_than_the_evaluated_one_is_refused(directory: Path, tracker: Tracker, model: str) -> None:
     with (directory / "checkpoint" / MANIFEST).open("a") as file:
         file.write("\n")
     with pytest.raises(PromotionError, match=r"its manifest is .*, what was evaluated had"):
-        promote(directory, "m", tracker)
+        promote(directory, model, tracker)
 
 
 def test_an_unfinished_release_is_refused(tmp_path: Path, tracker: Tracker) -> None:

@@ -51,6 +51,8 @@ def test_every_shipped_recipe_loads(shipped: Path) -> None:
         ("[cluster]\nworkers = 0\n", r"`int` >= 1 - at `\$.cluster.workers`"),
         ("[cluster]\n", "cluster needs exactly one of workers and scheduler"),
         ("[cluster]\nworkers = 2\nscheduler = 'tcp://a:8786'\n", "cluster needs exactly one of workers and scheduler"),
+        ("[cluster]\nscheduler = 'head:8786'\n", "cluster.scheduler 'head:8786' is no address like tcp://host:8786"),
+        ("[cluster]\nscheduler = 'tcp://head'\n", "cluster.scheduler 'tcp://head' is no address like tcp://host:8786"),
         ("[throughput]\nrequests = 4\nconcurrencies = [8]\n", "requests 4 never reach a concurrency of 8"),
     ],
 )

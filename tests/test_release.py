@@ -5,9 +5,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from lightship import release
 from lightship.checkpoint import Checkpoint
 from lightship.recipe import AccuracyTask, CalibrationText, Cluster, FidelityText, Gate, Quantization, Recipe
-from lightship.release import Identity, identify
+from lightship.release import Identity, digest_of_code, identify
 from tests.eval.puzzles import write_questions
 
 
@@ -34,3 +35,9 @@ def test_a_cluster_makes_no_other_release(fp8: Path, recipe: Recipe, cluster: Cl
 
 def test_another_method_makes_another_release(fp8: Path, recipe: Recipe) -> None:
     assert identity(fp8, recipe, quantization=Quantization(method="mse")) != identity(fp8, recipe)
+
+
+def test_a_process_that_lives_on_names_the_code_that_it_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = digest_of_code()
+    monkeypatch.setattr(release, "digest_of_file", lambda _: "of a file that an upgrade has put in its place")
+    assert digest_of_code() == loaded

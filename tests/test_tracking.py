@@ -1,12 +1,6 @@
 """What MLflow is told, on a SQLite file and on a real server."""
 
 import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,52 +11,32 @@ from lightship.files import write_json
 from lightship.records import LayerError, Verification
 from lightship.release import StageDone
 from lightship.tracking import Tracker
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.servers import free_port, running
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real MLflow server; its address."""
-    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder / 'mlflow.db'}",
-        "--artifacts-destination",
-        str(folder / "a"),
-    ]
-    log = (folder / "log").open("w")
-    process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2)
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.2)
+    folder = tmp_path_factory.mktemp("mlflow")
+    store, artifacts = f"sqlite:///{folder / 'mlflow.db'}", str(folder / "a")
+    options = ["server", "--workers", "1", "--backend-store-uri", store, "--artifacts-destination", artifacts]
+    with running("mlflow", *options, health="/health", log_file=folder / "log", environment=os.environ) as url:
         yield url
-    finally:
-        os.killpg(process.pid, 9)
-        process.wait()
-        log.close()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared, since MLflow takes seconds to make its tables; every test has releases and models of its own."""
+    return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(params=["sqlite", "server"])
-def tracker(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
+def tracker(request: pytest.FixtureRequest, home: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
     if request.param == "server":
         monkeypatch.setenv("MLFLOW_TRACKING_URI", request.getfixturevalue("server"))
     else:
         monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return Tracker.connect(tmp_path / "home")
+    return Tracker.connect(home)
 
 
 def test_a_release_has_one_run_however_often_it_is_opened(tracker: Tracker) -> None:

@@ -28,6 +28,8 @@ DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    # It removes what an interrupt leaves of Dask's workers, and need not say so.
+    "PYTHONWARNINGS": "ignore::UserWarning:multiprocessing.resource_tracker",
 }
 WITHOUT_SERVER = {
     "PREFECT_LOGGING_LEVEL": "CRITICAL",

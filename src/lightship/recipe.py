@@ -5,6 +5,7 @@ Paths in a recipe are relative to the recipe's own folder. An unknown key is an 
 """
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,6 +18,7 @@ Positive = Annotated[int, msgspec.Meta(gt=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Method = Literal["absmax", "mse", "gptq"]
 T = TypeVar("T", bound="Section")
+ADDRESS = re.compile(r"\w+://\S+:\d{1,5}")
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -119,6 +121,8 @@ class Cluster(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if (self.workers is None) == (self.scheduler is None):
             raise ValueError("cluster needs exactly one of workers and scheduler")
+        if self.scheduler is not None and not ADDRESS.fullmatch(self.scheduler):
+            raise ValueError(f"cluster.scheduler {self.scheduler!r} is no address like tcp://host:8786")
 
 
 class Serving(Section, frozen=True, kw_only=True):

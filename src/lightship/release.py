@@ -11,8 +11,9 @@ import contextlib
 import importlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -183,8 +184,12 @@ def question_files(directory: Path) -> list[Path]:
     return files
 
 
-def digest_of_code(packages: Sequence[str] = PACKAGES) -> str:
-    """SHA-256 over lightship's installed source files, of all packages or of some."""
+@cache
+def digest_of_code(packages: tuple[str, ...] = PACKAGES) -> str:
+    """SHA-256 over lightship's installed source files, of all packages or of some.
+
+    Read once: a process that lives on runs what it has loaded, whatever is installed in its place.
+    """
     digests: dict[str, str] = {}
     for package in packages:
         (folder,) = importlib.import_module(package).__path__

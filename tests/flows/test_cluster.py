@@ -72,12 +72,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def survived(place: Path) -> Survived:
+def survived(place: Path, prefect_home: Path) -> Survived:
     """Quantize on a cluster, and kill the first worker that has an expert in its journal."""
     out, kept = place / "out", place / "journals"
     kept.mkdir()
     command = [sys.executable, "-m", "lightship", "quantize", "source", "out", "--recipe", "recipe.toml"]
-    environment = os.environ | {"PREFECT_HOME": str(place / "prefect"), "LIGHTSHIP_DEVICE": "cpu"}
+    environment = os.environ | {"PREFECT_HOME": str(prefect_home), "LIGHTSHIP_DEVICE": "cpu"}
     with (place / "log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=place, env=environment, stdout=log, stderr=log, start_new_session=True, text=True

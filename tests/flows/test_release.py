@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from lightship.release import ReleaseFile
 from lightship.tracking import Tracker
 from tests.conftest import write_lines
 from tests.eval.puzzles import write_questions
+from tests.servers import running
 from tests.tiny import write_fp8_checkpoint
 
 RECIPE = """
@@ -65,14 +66,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lightship(place: Path) -> Run:
-    """Run `lightship` in `place`, with a Prefect home and a lightship home of its own."""
+def environment(prefect_home: Path) -> dict[str, str]:
+    """A lightship home of its own, and MLflow and Prefect with servers of none but ours."""
+    ours = os.environ | {"PREFECT_HOME": str(prefect_home), "LIGHTSHIP_HOME": "home"}
+    return {name: value for name, value in ours.items() if name not in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL")}
+
+
+@pytest.fixture(scope="module")
+def lightship(place: Path, environment: dict[str, str]) -> Run:
+    """Run `lightship` in `place`."""
 
     def run(*arguments: str | Path, **variables: str) -> "subprocess.CompletedProcess[str]":
-        environment = os.environ | {"PREFECT_HOME": str(place / "prefect"), "LIGHTSHIP_HOME": "home"} | variables
-        environment.pop("MLFLOW_TRACKING_URI", None)
         command = [sys.executable, "-m", "lightship", *map(str, arguments)]
-        return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=240)
+        return subprocess.run(
+            command, cwd=place, env=environment | variables, capture_output=True, text=True, timeout=240
+        )
 
     return run
 
@@ -96,15 +104,6 @@ def test_a_release_ends_promoted_with_every_record(released: tuple[Path, str]) -
     assert read_json(directory / "release.json", ReleaseFile).release_id == directory.name
     for said in (f"release {directory.name}", "routed experts", "verdict: pass", "report.html"):
         assert said in printed
-
-
-def test_another_spelling_of_the_same_source_is_the_same_release(
-    released: tuple[Path, str], lightship: Run, place: Path
-) -> None:
-    done = lightship("release", place / "source", "--recipe", place / "recipe.toml")
-    assert done.returncode == 0, done.stderr
-    assert f"release {released[0].name}" in done.stdout
-    assert "no work was repeated" in done.stdout
 
 
 def test_the_report_is_one_file_that_asks_nothing_of_the_network(released: tuple[Path, str]) -> None:
@@ -144,23 +143,15 @@ def test_mlflow_has_one_run_with_metrics_artifacts_and_both_aliases(
     assert aliases["challenger"] == aliases["champion"]
 
 
-def test_run_twice_it_does_no_work_and_says_so(released: tuple[Path, str], lightship: Run) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (released[0] / "checkpoint").iterdir()}
-    done = lightship("release", "source", "--recipe", "recipe.toml")
-    assert done.returncode == 0, done.stderr
-    assert "every stage was done before; no work was repeated" in done.stdout
-    assert {p: p.stat().st_mtime_ns for p in (released[0] / "checkpoint").iterdir()} == before
-
-
 def test_a_changed_recipe_is_another_release_that_goes_on_after_a_kill_and_fails_its_gate(
-    released: tuple[Path, str], lightship: Run, place: Path
+    released: tuple[Path, str], lightship: Run, place: Path, environment: dict[str, str]
 ) -> None:
     (place / "strict.toml").write_text(RECIPE.format(method="absmax", shrink=0.9))
     command = ("release", "source", "--recipe", "strict.toml")
-    code, said = interrupt_after(place, "plan.json", signal.SIGINT, *command)
+    code, said = interrupt_after(place, environment, "plan.json", signal.SIGINT, *command)
     assert code == 130
     assert said == "lightship: interrupted; the same command goes on from the last finished stage\n"
-    interrupt_after(place, "calibration.json", signal.SIGKILL, *command)
+    interrupt_after(place, environment, "calibration.json", signal.SIGKILL, *command)
     other = next(p for p in (place / "home" / "releases").iterdir() if p != released[0])
     (other / "checkpoint").mkdir(exist_ok=True)
     done = lightship("release", "source", "--recipe", "strict.toml")
@@ -180,9 +171,10 @@ def test_a_changed_recipe_is_another_release_that_goes_on_after_a_kill_and_fails
     assert "became champion" in promoted.stdout
 
 
-def interrupt_after(place: Path, record: str, number: signal.Signals, *arguments: str) -> tuple[int, str]:
+def interrupt_after(
+    place: Path, environment: dict[str, str], record: str, number: signal.Signals, *arguments: str
+) -> tuple[int, str]:
     """Start `lightship` and signal its process group as soon as one more release has this record; exit code, stderr."""
-    environment = os.environ | {"PREFECT_HOME": str(place / "prefect"), "LIGHTSHIP_HOME": "home"}
     command = [sys.executable, "-m", "lightship", *arguments]
     records = len(list((place / "home" / "releases").glob(f"*/{record}")))
     process = subprocess.Popen(
@@ -198,48 +190,63 @@ def interrupt_after(place: Path, record: str, number: signal.Signals, *arguments
     return process.returncode, said.decode()
 
 
-@pytest.fixture
-def prefect_server(place: Path) -> Iterator[str]:
-    """A real Prefect server; its API's address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"PREFECT_HOME": str(place / "prefect-server")}
-    log = (place / "prefect.log").open("w")
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}/api"
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2)
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None, (place / "prefect.log").read_text()
-                assert time.monotonic() < deadline, (place / "prefect.log").read_text()
-                time.sleep(0.2)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        log.close()
+@dataclass(frozen=True)
+class Again:
+    """The first release's command once more, source and recipe spelled in another way, against a Prefect server."""
+
+    printed: str
+    before: dict[Path, int]
+    """Files of the checkpoint and when they were written, before."""
+    prefect: str
+    """The server's API."""
 
 
-def test_against_a_prefect_server_the_run_and_its_tasks_are_recorded(
-    released: tuple[Path, str], lightship: Run, prefect_server: str
+@pytest.fixture(scope="module")
+def again(released: tuple[Path, str], lightship: Run, place: Path, environment: dict[str, str]) -> Iterator[Again]:
+    before = written(released[0] / "checkpoint")
+    home = shutil.copytree(environment["PREFECT_HOME"], place / "prefect-server")
+    server = running(
+        "prefect",
+        *("server", "start"),
+        health="/api/health",
+        log_file=place / "prefect.log",
+        environment=environment | {"PREFECT_HOME": str(home)},
+    )
+    with server as url:
+        api = f"{url}/api"
+        done = lightship("release", place / "source", "--recipe", place / "recipe.toml", PREFECT_API_URL=api)
+        assert done.returncode == 0, done.stderr
+        yield Again(done.stdout, before, api)
+
+
+def written(folder: Path) -> dict[Path, int]:
+    """When each file of a folder was written, in nanoseconds."""
+    return {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_another_spelling_of_the_same_source_is_the_same_release(
+    released: tuple[Path, str], again: Again, place: Path
 ) -> None:
-    done = lightship("release", "source", "--recipe", "recipe.toml", PREFECT_API_URL=prefect_server)
-    assert done.returncode == 0, done.stderr
-    assert released[0].name in done.stdout
+    assert f"release {released[0].name} of {place / 'source'}" in again.printed
+    assert released[0] in (place / "home" / "releases").iterdir()
 
-    def ask(what: str) -> list[dict]:
-        request = urllib.request.Request(f"{prefect_server}/{what}/filter", b"{}", {"Content-Type": "application/json"})
+
+def test_run_twice_it_does_no_work_and_says_so(released: tuple[Path, str], again: Again) -> None:
+    assert "every stage was done before; no work was repeated" in again.printed
+    assert written(released[0] / "checkpoint") == again.before
+
+
+def test_against_a_prefect_server_the_run_and_its_tasks_are_recorded(again: Again, place: Path) -> None:
+    def ask(what: str, **where: object) -> list[dict]:
+        request = urllib.request.Request(
+            f"{again.prefect}/{what}/filter", json.dumps(where).encode(), {"Content-Type": "application/json"}
+        )
         return json.load(urllib.request.urlopen(request, timeout=10))
 
-    (run,) = ask("flow_runs")
-    assert (run["name"], run["state_type"]) == ("release-source", "COMPLETED")
-    tasks = {task["name"].rsplit("-", 1)[0] for task in ask("task_runs")}
+    (run,) = ask("flow_runs", flow_runs={"name": {"any_": [f"release-{place / 'source'}"]}})
+    assert run["state_type"] == "COMPLETED"
+    of_run = ask("task_runs", flow_runs={"id": {"any_": [run["id"]]}})
+    tasks = {task["name"].rsplit("-", 1)[0] for task in of_run}
     assert {"plan_tensors", "quantize_experts", "evaluate_quantized", "decide", "promote_champion"} <= tasks
 
 

@@ -19,8 +19,8 @@ from lightship.errors import CheckpointError, LightshipError
 from lightship.manifest import check_files, read_manifest
 from lightship.quant.compressed_tensors import convert
 from lightship.w4afp8 import dequantize_fp8_blocks, dequantize_int4, unpack_int4
+from tests.commands import lightship, refusal
 from tests.conftest import unseen
-from tests.test_cli import lightship, refusal
 
 NAME = "model.layers.1.mlp.experts.3.up_proj.weight"
 LINEAR = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"

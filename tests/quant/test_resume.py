@@ -5,7 +5,6 @@ before the n-th thing they do to the disk, or in the middle of it.
 """
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -30,11 +29,10 @@ from lightship.quant import pipeline
 from lightship.quant import quantize as module
 from lightship.quant.quantize import RESULT, work_directory
 from lightship.recipe import CalibrationText, Quantization
+from tests.commands import FORK
 from tests.conftest import quantize_checkpoint, write_lines
 from tests.tiny import write_fp8_checkpoint
 
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload([__name__, "transformers.models.deepseek_v3.modeling_deepseek_v3", "accelerate"])
 DEEDS = ("pwrite", "fsync", "fdatasync", "rename", "replace", "unlink", "mkdir", "rmdir", "posix_fallocate")
 KILLS = 10
 """For each place of the stash: 20 in all."""

@@ -4,7 +4,6 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import httpx
 import pytest
 
 from lightship.checkpoint import MANIFEST
@@ -49,19 +48,6 @@ def test_whoever_else_answers_on_the_port_is_not_our_server(w4afp8_dir: Path, tm
         finally:
             server.stop()
             stranger.shutdown()
-
-
-def test_two_servers_start_at_once(fp8_dir: Path, w4afp8_dir: Path, tmp_path: Path) -> None:
-    servers = [start(path, Serving(), tmp_path / f"{path.name}.log") for path in (fp8_dir, w4afp8_dir)]
-    try:
-        for server in servers:
-            server.wait_until_ready()
-        urls = [f"{server.endpoint.base_url}/health" for server in servers]
-        assert [httpx.get(url, trust_env=False).status_code for url in urls] == [200, 200]
-    finally:
-        for server in servers:
-            server.stop()
-    assert all(server.process.returncode is not None for server in servers)
 
 
 def test_a_server_that_cannot_start_quotes_its_log(tmp_path: Path) -> None:
