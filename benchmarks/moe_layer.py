@@ -83,9 +83,9 @@ def main() -> None:
     if not (source / INDEX).is_file():
         # In a process of its own, whose memory is not counted with quantize's.
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            pool.submit(write_source, source).result()
+            pool.submit(write_source, source, CONFIG).result()
     checkpoint = Checkpoint.open(source)
-    text = write_text(folder)
+    text = write_text(folder, CONFIG["vocab_size"], SEQUENCES, SEQUENCE_TOKENS)
     pcie = pcie_bandwidth()
     result: dict[str, Any] = {
         "command": COMMAND,
@@ -200,8 +200,8 @@ class PeakMemory:
                     self.peaks[kind] = max(self.peaks[kind], 1024 * int(value.split()[0]))
 
 
-def write_source(path: Path) -> None:
-    """The random checkpoint, written by way of the plan's own shard layout."""
+def write_source(path: Path, config: dict[str, Any]) -> None:
+    """A random checkpoint, written by way of the plan's own shard layout."""
     from lightship.architecture import architecture_of
     from lightship.quant.layout import Shards
     from lightship.quant.plan import PlannedOutput
@@ -209,7 +209,7 @@ def write_source(path: Path) -> None:
     path.mkdir(parents=True)
     torch.manual_seed(0)
     tensors: list[PlannedOutput] = []
-    for name, weight in architecture_of(CONFIG).weights(CONFIG).items():
+    for name, weight in architecture_of(config).weights(config).items():
         if weight.linear:
             blocks = [-(-side // 128) for side in weight.shape]
             tensors += [PlannedOutput(name, "F8_E4M3", list(weight.shape))]
@@ -238,30 +238,30 @@ def write_source(path: Path) -> None:
             future.result()
     shards.sync()
     shards.write_index()
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    write_tokenizer(path)
+    (path / "config.json").write_text(json.dumps(config))
+    write_tokenizer(path, config["vocab_size"])
 
 
-def write_tokenizer(path: Path) -> None:
+def write_tokenizer(path: Path, vocabulary: int) -> None:
     """A word is a token: `w0`, `w1`, …"""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {f"w{n}": n for n in range(CONFIG["vocab_size"])}
+    words = {f"w{n}": n for n in range(vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w0", eos_token="w1").save_pretrained(path)
 
 
-def write_text(folder: Path) -> CalibrationText:
+def write_text(folder: Path, vocabulary: int, sequences: int, sequence_tokens: int) -> CalibrationText:
     """Random words, so that the random router spreads them over the experts."""
-    words = torch.randint(2, CONFIG["vocab_size"], (SEQUENCES * SEQUENCE_TOKENS,), generator=torch.Generator())
+    words = torch.randint(2, vocabulary, (sequences * sequence_tokens,), generator=torch.Generator())
     path = folder / "text.txt"
     path.write_text(" ".join(f"w{word}" for word in words.tolist()))
     return CalibrationText(
         sources=[TextSource(scene="words", path=str(path))],
-        tokens_per_scene=SEQUENCES * SEQUENCE_TOKENS,
-        sequence_tokens=SEQUENCE_TOKENS,
+        tokens_per_scene=sequences * sequence_tokens,
+        sequence_tokens=sequence_tokens,
     )
 
 

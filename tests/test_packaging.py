@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PARTS = ("quant", "eval", "serving", "serving/moe", "serving/sglang_plugin", "flows")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_the_wheels_only_top_level_name_is_lightship(built: Path) -> None:
 def test_the_wheel_holds_every_module_of_the_checkout(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    folders = {"src/lightship": "lightship", **{f: f"lightship/{f}" for f in ("quant", "eval", "serving", "flows")}}
+    folders = {"src/lightship": "lightship", **{f: f"lightship/{f}" for f in PARTS}}
     modules = {f"{inside}/{p.name}" for folder, inside in folders.items() for p in (ROOT / folder).glob("*.py")}
     assert modules <= names
 
@@ -50,7 +51,9 @@ def test_no_folder_shadows_the_docker_sdk() -> None:
     assert not (ROOT / "docker" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("folder", ["src/lightship", "quant", "eval", "serving"])
+@pytest.mark.parametrize(
+    "folder", ["src/lightship", "quant", "eval", "serving", "serving/moe", "serving/sglang_plugin"]
+)
 def test_only_flows_know_prefect_and_dask(folder: str) -> None:
     modules = sorted((ROOT / folder).glob("*.py"))
     assert modules

@@ -213,6 +213,21 @@ def parser() -> argparse.ArgumentParser:
     home(sub)
     sub.add_argument("--no-promote", action="store_true", help="leave a passing release as challenger")
 
+    sub = command(
+        "tune",
+        _tune,
+        "Time the W4AFP8 MoE kernels' plans on this GPU, and write the fastest as a table.",
+        "tune --shape tp8 --shape ep8 --out NVIDIA_H100_80GB_HBM3.json",
+    )
+    sub.add_argument(
+        "--shape",
+        action="append",
+        required=True,
+        help="tp8 or ep8 of DeepSeek-V3, or a rank's H,I,E,K[,TOTAL]; may be given several times",
+    )
+    sub.add_argument("--tokens", help="numbers of tokens, as 1,16,256 (default: ten from 1 to 8192)")
+    sub.add_argument("--out", type=Path, required=True, help="the table, a JSON file")
+
     sub = command("promote", _promote, "Make a release that passed the gate the champion.", "promote 3f2a")
     sub.add_argument("release", help="release id, or its first characters")
     home(sub)
@@ -430,6 +445,20 @@ def _release(arguments: argparse.Namespace) -> int:
     directory = arguments.home / "releases" / release_id
     print_release(directory)
     return 0 if read_json(directory / "verdict.json", Verdict).decision == "pass" else 1
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from lightship.serving.moe.tuning import TOKENS, parse_shape, parse_tokens
+
+    shapes = [parse_shape(text) for text in arguments.shape]
+    tokens = parse_tokens(arguments.tokens) if arguments.tokens else TOKENS
+    from lightship.serving.moe.tune import tune
+
+    table = tune(shapes, arguments.out, tokens)
+    for entry in table.entries:
+        for best in entry.measured:
+            print(f"{best.tokens:6d} tokens  {best.us:9.1f} us  {best.plan}")
+    return 0
 
 
 def _promote(arguments: argparse.Namespace) -> int:
