@@ -35,9 +35,10 @@ demo: $(VENV)/installed
 	@$(BIN)/lightship release demo/checkpoint --recipe recipes/demo.toml --home $(HOME_DIR)
 	@echo "  first       . $(VENV)/bin/activate"
 
+# Two processes. A file's tests share what is slow to start, so they stay together; by name, the longest file is early.
 test: $(VENV)/installed
 	@echo "==> testing"
-	@$(BIN)/python -m pytest -m "not gpu"
+	@$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed
 	@echo "==> lint"

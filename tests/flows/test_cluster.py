@@ -1,6 +1,6 @@
 """A worker process is killed while it rounds, and the result has the bytes of a run in one process.
 
-Nearly all of the time goes into starting Prefect's server, Dask and the workers, so it is one run, as its command.
+It is one run, as its command, since that has a Prefect server, Dask and workers to start.
 """
 
 import json

@@ -51,6 +51,7 @@ output_tokens = 4
 kl = 5.0
 experts_shrink = {shrink}
 """
+pytestmark = pytest.mark.timeout(600)
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -79,7 +80,7 @@ def lightship(place: Path, environment: dict[str, str]) -> Run:
     def run(*arguments: str | Path, **variables: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "lightship", *map(str, arguments)]
         return subprocess.run(
-            command, cwd=place, env=environment | variables, capture_output=True, text=True, timeout=240
+            command, cwd=place, env=environment | variables, capture_output=True, text=True, timeout=400
         )
 
     return run
@@ -180,7 +181,7 @@ def interrupt_after(
     process = subprocess.Popen(
         command, cwd=place, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while len(list((place / "home" / "releases").glob(f"*/{record}"))) == records:
         assert process.poll() is None, "it ended before it could be interrupted"
         assert time.monotonic() < deadline
