@@ -29,9 +29,10 @@ import torch
 from lightship import __version__
 from lightship.serving.moe.layer import Activations, FusedExperts
 from lightship.serving.moe.timing import Tokens, batches_for, median_us, random_inputs, random_layer
-from lightship.serving.moe.tune import Steps
+from lightship.serving.moe.tune import calls_for
 from lightship.serving.moe.tuning import SHAPES, Entry, Plan, Shape, plan_for, read_table
-from lightship.w4afp8 import GROUP, dequantize_int4
+from lightship.w4afp8 import FP8_MAX, GROUP, dequantize_int4
+from tests.serving import moe_reference
 
 TOKENS = (1, 4, 8, 16, 64, 256, 1024, 4096)
 BYTES_A_US = 3e6
@@ -91,26 +92,10 @@ def floor_us(shape: Shape, inputs: list[Tokens]) -> float:
 
 def step_times(layer: FusedExperts, inputs: list[Tokens], plan: Plan) -> dict[str, float]:
     """Each of the layer's steps alone, in microseconds."""
-    steps = Steps(layer, inputs, plan.block_m, plan.direct)
-    found = {
-        "routing": median_us(steps.route, steps.made),
-        "gate_up": median_us(lambda made: steps.gate_up(made, plan), steps.made),
-        "down_and_combine": median_us(lambda made: steps.down(made, plan), steps.made),
-    }
+    calls = calls_for(layer, inputs, plan)
+    steps = {"routing": layer.route, "gate_up": layer.gate_up, "down_and_combine": layer.down}
+    found = {name: median_us(lambda call, step=step: step(call, plan), calls) for name, step in steps.items()}
     return {name: round(us, 2) for name, us in found.items()}
-
-
-def reference(weights: dict[str, torch.Tensor], given: Tokens) -> torch.Tensor:
-    """The layer in float32, nothing rounded."""
-    x_TH, experts_TK, weights_TK = given
-    out_TH = torch.zeros_like(x_TH, dtype=torch.float32)
-    for expert in experts_TK[experts_TK >= 0].unique().tolist():
-        token, slot = (experts_TK == expert).nonzero(as_tuple=True)
-        w13, w2 = (dequantize_int4(weights[w][expert], weights[f"{w}_scale"][expert]) for w in ("w13", "w2"))
-        gate, up = (x_TH[token].float() @ w13.T).chunk(2, dim=-1)
-        h = torch.nn.functional.silu(gate) * up
-        out_TH.index_add_(0, token, (h @ w2.T) * weights_TK[token, slot, None])
-    return out_TH
 
 
 def static_scales(weights: dict[str, torch.Tensor], given: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,11 +107,11 @@ def static_scales(weights: dict[str, torch.Tensor], given: Tokens) -> tuple[torc
         2, -1
     )
     largest = (torch.nn.functional.silu(gate) * up).abs().max()
-    return x_TH.abs().max().float() / 448, 2 * largest / 448
+    return x_TH.abs().max().float() / FP8_MAX, 2 * largest / FP8_MAX
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return round(float((got.float() - want).norm() / want.norm()), 5)
+    return round(moe_reference.relative_error(got, want), 5)
 
 
 def clones(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -142,7 +127,7 @@ def errors(name: str, shape: Shape, results: Results) -> None:
     """Our relative errors, and whether a second call gives the same bits."""
     weights = random_layer(shape)
     (given,) = random_inputs(shape, ERROR_TOKENS, 1, seed=7)
-    want, scales = reference(weights, given), static_scales(weights, given)
+    want, scales = moe_reference.reference(weights, *given, rounding="none"), static_scales(weights, given)
 
     def ours(activations: Activations) -> dict[str, Any]:
         layer = FusedExperts(

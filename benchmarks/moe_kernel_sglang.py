@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.moe_kernel import ERROR_TOKENS, Case, Results, reference, relative_error, static_scales
+from benchmarks.moe_kernel import ERROR_TOKENS, Case, Results, relative_error, static_scales
 
 from lightship.serving.moe.timing import Tokens, median_us, random_inputs, random_layer
 from lightship.serving.moe.tuning import Shape
-from lightship.w4afp8 import dequantize_int4, quantize_fp8_blocks
+from lightship.w4afp8 import FP8_MAX, dequantize_int4, quantize_fp8_blocks
+from tests.serving.moe_reference import reference
 
 
 def start(checkpoint: Path) -> dict[str, Any]:
@@ -56,7 +57,7 @@ class W4AFP8:
         self.a13, self.c13, self.a2, self.c2 = stride(hidden), stride(2 * inter), stride(inter), stride(hidden)
         self.offsets = torch.empty(experts + 1, dtype=torch.int32, device="cuda")
         self.sizes = [torch.empty(experts, 3, dtype=torch.int32, device="cuda") for _ in range(2)]
-        self.scales = (torch.tensor([5 / 448], device="cuda"), torch.tensor([8 / 448], device="cuda"))
+        self.scales = (torch.tensor([5 / FP8_MAX], device="cuda"), torch.tensor([8 / FP8_MAX], device="cuda"))
 
     def __call__(self, given: Tokens) -> torch.Tensor:
         from sglang.srt.layers.moe.cutlass_w4a8_moe import cutlass_w4a8_moe
@@ -166,7 +167,7 @@ def error(engine: str, case: Case, results: Results) -> None:
     def measure() -> dict[str, Any]:
         weights = random_layer(case.shape)
         (given,) = random_inputs(case.shape, ERROR_TOKENS, 1, seed=7)
-        want = reference(weights, given)
+        want = reference(weights, *given, rounding="none")
         if engine == "sglang FP8":
             return {"relative_error": relative_error(FP8(case.shape, weights)(given), want)}
         layer = W4AFP8(case.shape, weights)

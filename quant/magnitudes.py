@@ -10,7 +10,7 @@ import math
 import torch
 
 from lightship.records import InputScale
-from lightship.w4afp8 import FP8_MAX, round_through_fp8
+from lightship.w4afp8 import FP8_MAX, LEAST_AMAX, round_through_fp8
 
 BINS = 1 << 15
 """Non-negative bf16 numbers, by their bits."""
@@ -94,7 +94,7 @@ def _error(counts: torch.Tensor, values: torch.Tensor, scale: float) -> float:
 
 def least_bf16_scale(amax: float) -> float:
     """The least bf16 number that is not below amax / 448, so that nothing up to amax saturates; never 0."""
-    scale = torch.tensor(max(amax, 1e-12) / FP8_MAX, dtype=torch.float64)
+    scale = torch.tensor(max(amax, LEAST_AMAX) / FP8_MAX, dtype=torch.float64)
     rounded = scale.bfloat16()
     if rounded.double() < scale:
         rounded = torch.nextafter(rounded, torch.tensor(torch.inf, dtype=torch.bfloat16))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from lightship.recipe import RoundingSettings
-from lightship.w4afp8 import GROUP, INT4_MAX, INT4_MIN
+from lightship.w4afp8 import GROUP, INT4_MAX, INT4_MIN, LEAST_AMAX
 
 
 class Int4Weight(NamedTuple):
@@ -54,8 +54,8 @@ def restore(rounded: Int4Weight, dtype: torch.dtype = torch.float32) -> torch.Te
 
 
 def group_amax(w_OI: torch.Tensor) -> torch.Tensor:
-    """Absolute maximum of each group [out, in / 128], at least 1e-12 so that a group of zeros has a scale."""
-    return w_OI.unflatten(-1, (-1, GROUP)).abs().amax(dim=-1).clamp_min(1e-12)
+    """Absolute maximum of each group [out, in / 128], at least LEAST_AMAX so that a group of zeros has a scale."""
+    return w_OI.unflatten(-1, (-1, GROUP)).abs().amax(dim=-1).clamp_min(LEAST_AMAX)
 
 
 def relative_error(w_OI: torch.Tensor, rounded: Int4Weight) -> float:

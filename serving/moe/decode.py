@@ -9,12 +9,13 @@ import os
 import triton
 import triton.language as tl
 
+from lightship import w4afp8
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 UNIT = tl.constexpr(512.0)
 """What a decoded weight has to be multiplied by."""
-FP8_MAX = tl.constexpr(448.0)
-LEAST = tl.constexpr(1e-12)
-"""The least absolute maximum that a scale is made of, as `w4afp8.token_scales`."""
+FP8_MAX = tl.constexpr(w4afp8.FP8_MAX)
+LEAST = tl.constexpr(w4afp8.LEAST_AMAX)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """One rank's routed experts as one call: `FusedExperts`."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from lightship.errors import ServingError
 from lightship.serving.moe import down, gate_up, routing
 from lightship.serving.moe.packing import pack_scales, pack_weights
+from lightship.serving.moe.routing import Routed
 from lightship.serving.moe.tuning import Plan, Shape, plan_for, table_for
 from lightship.w4afp8 import GROUP
 
@@ -14,6 +16,25 @@ Activations = Literal["dynamic", "static"]
 
 MOST_TOKENS = 8192
 """Tokens of a launch; more are worked on in turns, so that what lies between the kernels has a bound."""
+
+
+@dataclass
+class Call:
+    """What the three steps of a launch hand on: x to FP8 and the sorted pairs, the intermediate to FP8, the sum.
+
+    T tokens, K experts a token, P = T * K pairs, H hidden size, I intermediate size, G = I / 128. Scales are float32.
+    """
+
+    x_TH: torch.Tensor
+    experts_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    out_TH: torch.Tensor
+    q_TH: torch.Tensor
+    scale_T: torch.Tensor
+    h_PI: torch.Tensor
+    h_scale_PG: torch.Tensor
+    routed: Routed | None = None
+    """None: nothing is sorted, each pair is a tile."""
 
 
 class FusedExperts:
@@ -94,37 +115,51 @@ class FusedExperts:
         for start in range(0, tokens, MOST_TOKENS):
             part = slice(start, start + MOST_TOKENS)
             how = plan or plan_for(self.device_name, self.shape, min(MOST_TOKENS, tokens - start))
-            self._run(x_TH[part], experts_TK[part], weights_TK[part], out[part], how)
+            call = self.begin(x_TH[part], experts_TK[part], weights_TK[part], out[part])
+            call.routed = self.route(call, how)
+            self.gate_up(call, how)
+            self.down(call, how)
         return out
 
-    def _run(
-        self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, out: torch.Tensor, plan: Plan
-    ) -> None:
+    def begin(
+        self, x_TH: torch.Tensor, experts_TK: torch.Tensor, weights_TK: torch.Tensor, out_TH: torch.Tensor
+    ) -> Call:
+        """A launch's tensors, as `__call__` has them, and those between its steps, not filled yet."""
         (tokens, hidden), pairs, inter = x_TH.shape, experts_TK.numel(), self.shape.intermediate
         new = x_TH.new_empty
-        q_TH, scale_T = new(tokens, hidden, dtype=torch.float8_e4m3fn), new(tokens, dtype=torch.float32)
-        h_PI = new(pairs, inter, dtype=torch.float8_e4m3fn)
-        h_scale_PG = new(pairs, inter // GROUP, dtype=torch.float32)
-        x_scale, h_scale = self.input_scales
-        routed = None
-        if plan.direct:
-            routing.quantize(x_TH, x_scale, scale_T, q_TH)
-        else:
-            routed = routing.quantize_and_sort(
-                x_TH, x_scale, scale_T, q_TH, experts_TK, self.shape.experts, plan.block_m
-            )
-        gate_up.gate_up(
-            q_TH, scale_T, self.w13, self.w13_scale, experts_TK, routed, plan.block_m, plan.gate_up, h_scale, h_PI,
-            h_scale_PG,
-        )  # fmt: skip
-        if routed is None:
-            down.down_and_combine(
-                h_PI, h_scale_PG, self.w2, self.w2_scale, experts_TK, weights_TK, plan.down, self.scale, out
-            )
-            return
-        down.down_in_chunks(
-            h_PI, h_scale_PG, self.w2, self.w2_scale, experts_TK, weights_TK, routed, plan, self.scale, out
+        return Call(
+            x_TH,
+            experts_TK,
+            weights_TK,
+            out_TH,
+            q_TH=new(tokens, hidden, dtype=torch.float8_e4m3fn),
+            scale_T=new(tokens, dtype=torch.float32),
+            h_PI=new(pairs, inter, dtype=torch.float8_e4m3fn),
+            h_scale_PG=new(pairs, inter // GROUP, dtype=torch.float32),
         )
+
+    def route(self, call: Call, plan: Plan) -> Routed | None:
+        """The first step: x to FP8, and the pairs by expert unless the plan is direct."""
+        given = call.x_TH, self.input_scales[0], call.scale_T, call.q_TH
+        if plan.direct:
+            routing.quantize(*given)
+            return None
+        return routing.quantize_and_sort(*given, call.experts_TK, self.shape.experts, plan.block_m)
+
+    def gate_up(self, call: Call, plan: Plan) -> None:
+        """The first product."""
+        gate_up.gate_up(
+            call.q_TH, call.scale_T, self.w13, self.w13_scale, call.experts_TK, call.routed, plan.block_m,
+            plan.gate_up, self.input_scales[1], call.h_PI, call.h_scale_PG,
+        )  # fmt: skip
+
+    def down(self, call: Call, plan: Plan) -> None:
+        """The second product and the sum."""
+        given = call.h_PI, call.h_scale_PG, self.w2, self.w2_scale, call.experts_TK, call.weights_TK
+        if call.routed is None:
+            down.down_and_combine(*given, plan.down, self.scale, call.out_TH)
+        else:
+            down.down_in_chunks(*given, call.routed, plan, self.scale, call.out_TH)
 
 
 def _sizes(

@@ -17,8 +17,7 @@ import triton
 
 from lightship.errors import ServingError
 from lightship.files import write_text
-from lightship.serving.moe import down, gate_up, routing
-from lightship.serving.moe.layer import FusedExperts
+from lightship.serving.moe.layer import Call, FusedExperts
 from lightship.serving.moe.timing import Tokens, batches_for, median_us, random_inputs, random_layer
 from lightship.serving.moe.tuning import TOKENS, Down, Entry, GateUp, Measured, Plan, Shape, Table
 from lightship.w4afp8 import GROUP
@@ -55,15 +54,15 @@ def walk_plans(layer: FusedExperts, inputs: list[Tokens]) -> Iterator[dict[str, 
     if tokens > 2:
         modes += [(False, block_m) for block_m in heights(layer.shape.rows(tokens))]
     for direct, block_m in modes:
-        steps = Steps(layer, inputs, block_m, direct)
+        calls = calls_for(layer, inputs, Plan(block_m, direct))
         plans = [Plan(block_m, direct, gate_up=how) for how in gate_ups(tokens, block_m, direct)]
-        times = {plan.gate_up: steps.time(steps.gate_up, plan) for plan in plans}
+        times = {plan.gate_up: _time(layer.gate_up, calls, plan) for plan in plans}
         yield from ({"block_m": block_m, "gate_up": how, "us": round(us, 2)} for how, us in times.items())
         best = Plan(block_m, direct, gate_up=min(times, key=lambda how: times[how]))
         plans = [
             msgspec.structs.replace(best, down=how, chunks=c) for how, c in downs(layer.shape, tokens, block_m, direct)
         ]
-        seconds = {plan: steps.time(steps.down, plan) for plan in plans}
+        seconds = {plan: _time(layer.down, calls, plan) for plan in plans}
         for plan, us in seconds.items():
             yield {"block_m": block_m, "down": plan.down, "chunks": plan.chunks, "us": round(us, 2)}
         best = min(seconds, key=lambda plan: seconds[plan])
@@ -111,57 +110,20 @@ def downs(shape: Shape, tokens: int, block_m: int, direct: bool) -> list[tuple[D
     return [(how, c) for c in chunks for how in hows if shape.hidden // c >= how.block_n * how.walk or c == 1]
 
 
-class Steps:
-    """The two products of a layer's call, each to be run alone on the same inputs."""
+def calls_for(layer: FusedExperts, inputs: list[Tokens], plan: Plan) -> list[Call]:
+    """Calls whose steps can each be run alone: routed as the plan says, with an intermediate of zeros."""
+    calls = [layer.begin(*given, torch.empty_like(given[0])) for given in inputs]
+    for call in calls:
+        call.h_PI.view(torch.uint8).zero_()
+        call.h_scale_PG.fill_(1)
+        call.routed = layer.route(call, plan)
+    return calls
 
-    def __init__(self, layer: FusedExperts, inputs: list[Tokens], block_m: int, direct: bool) -> None:
-        self.layer, self.block_m, self.direct = layer, block_m, direct
-        self.made = [self._made(given) for given in inputs]
 
-    def _made(self, given: Tokens) -> dict[str, Any]:
-        x_TH, experts_TK, weights_TK = given
-        (tokens, hidden), inter, pairs = x_TH.shape, self.layer.shape.intermediate, experts_TK.numel()
-        made: dict[str, Any] = {
-            "x": x_TH,
-            "experts": experts_TK,
-            "weights": weights_TK,
-            "q": x_TH.new_empty(tokens, hidden, dtype=torch.float8_e4m3fn),
-            "scale": x_TH.new_empty(tokens, dtype=torch.float32),
-            "h": torch.zeros(pairs, inter, device=x_TH.device).to(torch.float8_e4m3fn),
-            "h_scale": torch.ones(pairs, inter // GROUP, device=x_TH.device),
-            "out": torch.empty_like(x_TH),
-        }
-        made["routed"] = self.route(made)
-        return made
-
-    def route(self, made: dict[str, Any]) -> routing.Routed | None:
-        """The first step."""
-        given = made["x"], self.layer.input_scales[0], made["scale"], made["q"]
-        if self.direct:
-            routing.quantize(*given)
-            return None
-        return routing.quantize_and_sort(*given, made["experts"], self.layer.shape.experts, self.block_m)
-
-    def gate_up(self, made: dict[str, Any], plan: Plan) -> None:
-        """The first product."""
-        layer = self.layer
-        gate_up.gate_up(
-            made["q"], made["scale"], layer.w13, layer.w13_scale, made["experts"], made["routed"], self.block_m,
-            plan.gate_up, layer.input_scales[1], made["h"], made["h_scale"],
-        )  # fmt: skip
-
-    def down(self, made: dict[str, Any], plan: Plan) -> None:
-        """The second product and the sum."""
-        w2 = made["h"], made["h_scale"], self.layer.w2, self.layer.w2_scale, made["experts"], made["weights"]
-        if plan.direct:
-            down.down_and_combine(*w2, plan.down, self.layer.scale, made["out"])
-        else:
-            down.down_in_chunks(*w2, made["routed"], plan, self.layer.scale, made["out"])
-
-    def time(self, step: Callable[[dict[str, Any], Plan], None], plan: Plan) -> float:
-        """Median microseconds of a step; infinite if this GPU and compiler cannot run it so."""
-        try:
-            return median_us(lambda made: step(made, plan), self.made, replays=10)
-        except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError) as error:
-            print(f"not run: {plan}: {error!r:.200}", flush=True)
-            return float("inf")
+def _time(step: Callable[[Call, Plan], None], calls: list[Call], plan: Plan) -> float:
+    """Median microseconds of a step; infinite if this GPU and compiler cannot run it so."""
+    try:
+        return median_us(lambda call: step(call, plan), calls, replays=10)
+    except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError) as error:
+        print(f"not run: {plan}: {error!r:.200}", flush=True)
+        return float("inf")

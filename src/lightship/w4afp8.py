@@ -15,6 +15,9 @@ GROUP = 128
 FP8_MAX = 448.0
 """Largest finite float8_e4m3fn."""
 
+LEAST_AMAX = 1e-12
+"""The least absolute maximum that a scale is made of, so that zeros have one."""
+
 INT4_MIN, INT4_MAX = -8, 7
 
 
@@ -70,7 +73,7 @@ def quantize_fp8_blocks(w_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     out_features, in_features = w_OI.shape
     padded = torch.nn.functional.pad(w_OI.float(), (0, -in_features % GROUP, 0, -out_features % GROUP))
     blocks = padded.unflatten(0, (-1, GROUP)).unflatten(-1, (-1, GROUP))
-    scale_inv = blocks.abs().amax(dim=(1, 3)).clamp_min(1e-12) / FP8_MAX
+    scale_inv = blocks.abs().amax(dim=(1, 3)).clamp_min(LEAST_AMAX) / FP8_MAX
     q_OI = (w_OI.float() / expand_blocks(scale_inv, out_features, in_features)).to(torch.float8_e4m3fn)
     return q_OI, scale_inv
 
@@ -82,7 +85,7 @@ def round_through_fp8(x: torch.Tensor, scale: torch.Tensor | float) -> torch.Ten
 
 def token_scales(amax_T1: torch.Tensor) -> torch.Tensor:
     """Dynamic FP8 scales from absolute maxima; a row of zeros gets a harmless scale."""
-    return amax_T1.clamp_min(1e-12) / FP8_MAX
+    return amax_T1.clamp_min(LEAST_AMAX) / FP8_MAX
 
 
 def round_groups_through_fp8(x_TI: torch.Tensor) -> torch.Tensor:
