@@ -114,10 +114,6 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return round(moe_reference.relative_error(got, want), 5)
 
 
-def clones(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in weights.items()}
-
-
 def whole_layer(layer: FusedExperts, plan: Plan | None = None) -> Callable[[Tokens], torch.Tensor]:
     """The call that is timed."""
     return lambda given: layer(*given, plan=plan)
@@ -130,9 +126,9 @@ def errors(name: str, shape: Shape, results: Results) -> None:
     want, scales = moe_reference.reference(weights, *given, rounding="none"), static_scales(weights, given)
 
     def ours(activations: Activations) -> dict[str, Any]:
-        layer = FusedExperts(
-            **clones(weights), w13_input_scale=scales[0], w2_input_scale=scales[1], activations=activations,
-            top_k=shape.top_k, total_experts=shape.total,
+        layer = moe_reference.fused(
+            weights, w13_input_scale=scales[0], w2_input_scale=scales[1], activations=activations, top_k=shape.top_k,
+            total_experts=shape.total,
         )  # fmt: skip
         got, again = layer(*given), layer(*given)
         return {"relative_error": relative_error(got, want), "same_twice": bool(torch.equal(got, again))}

@@ -21,6 +21,9 @@ from torch import nn
 from lightship.causal_lm import fill, meta_model
 from lightship.checkpoint import Checkpoint
 
+BATCH_TOKENS = 8192
+"""Calibration tokens that go through a block at once."""
+
 
 @dataclass(frozen=True)
 class MoEInputs:

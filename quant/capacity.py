@@ -7,6 +7,7 @@ import math
 
 from lightship.census import SCALE, Census
 from lightship.checkpoint import Checkpoint
+from lightship.quant.blocks import BATCH_TOKENS
 from lightship.recipe import Quantization
 from lightship.records import Fit, Need, Plan
 
@@ -19,8 +20,6 @@ RUNTIME = 0.1
 """The fraction of a GPU that server, CUDA graphs and activations keep."""
 CACHE_BYTES = 2
 """Of one cached number, in bf16."""
-BATCH_TOKENS = 8192
-"""Calibration tokens that go through a block at once."""
 PREFETCHED = 5
 """Experts that the reader holds ahead of the rounding."""
 STASHED = 4

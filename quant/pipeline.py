@@ -21,9 +21,9 @@ READERS = 8
 WAITING = 8
 """Units that may wait to be written before the computation waits for the disk."""
 UNSYNCED = 64
-"""Units that may be written but not yet known to be on the disk; a power failure loses no more."""
+"""Written units that may wait to be journaled, beside as many that are being waited for: a crash loses no more."""
 SYNC_SECONDS = 1.0
-"""Between two waits for the disk: each makes it stop reading, so a wait for every expert would cost a fifth."""
+"""Between two waits for the disk, each of which holds up its reading."""
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -143,16 +143,16 @@ class Writer:
             if unit and not self._error:
                 with self._noting_errors():
                     unit.before()
-                    self._written.put((unit, [self._written_name(*named) for named in unit.tensors]))
+                    names = []
+                    for name, tensor in unit.tensors:
+                        self._shards.write(name, tensor.cpu())
+                        names.append(name)
+                    self._written.put((unit, names))
             if unit is None:
                 self._written.put(None)
             self._unwritten.task_done()
             if unit is None and self._ending:
                 return
-
-    def _written_name(self, name: str, tensor: torch.Tensor) -> str:
-        self._shards.write(name, tensor.cpu())
-        return name
 
     def _sync(self) -> None:
         begun = 0.0

@@ -1,7 +1,8 @@
 """Before the work: can this checkpoint be quantized on this machine, what comes out, how long does it take?
 
-Reads of the checkpoint headers only, except for the probe, which reads shards for some seconds and rounds one expert.
-The calibration text is read as the quantization will read it, since a scene may hold less than it is asked for.
+Of the checkpoint it reads the headers only, except for the probe, which reads shards for some seconds and rounds one
+expert. The calibration text is read as the quantization will read it, since a scene may hold less than it is asked
+for.
 
     lightship plan demo/checkpoint --recipe recipes/demo.toml --out-dir OUT
 """

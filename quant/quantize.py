@@ -30,7 +30,7 @@ from lightship.checkpoint import INDEX, MANIFEST, Checkpoint
 from lightship.errors import LightshipError
 from lightship.files import LOCK, clear_directory, digest_of_file, locked, publish_directory, read_json, write_json
 from lightship.manifest import Manifest, describe_files, read_manifest, write_manifest
-from lightship.quant.blocks import BlockStream, MoEInputs
+from lightship.quant.blocks import BATCH_TOKENS, BlockStream, MoEInputs
 from lightship.quant.device import choose_device, free_memory, return_freed_memory
 from lightship.quant.journal import FINGERPRINT, Journal, check_fingerprint
 from lightship.quant.layer import LayerExperts, expert_tensors
@@ -47,7 +47,6 @@ from lightship.w4afp8 import quantize_fp8_blocks
 FORMAT = "w4afp8"
 CALIBRATION = "calibration.json"
 NOT_COPIED = {"config.json", INDEX, "hf_quant_config.json", CALIBRATION}
-BATCH_TOKENS = 8192
 RESULT = "checkpoint"
 STASH = "stash"
 ROUTING = "routing.safetensors"

@@ -1,9 +1,9 @@
 """Round some experts of a layer in another process than the one that runs the blocks, perhaps on another machine.
 
-Both see the source and the work directory by the same paths. What a worker has finished is in the journal, so one that
-is killed loses the expert it was at. The bits are those of a run in one process: a worker of another device type, torch
-or lightship is refused, and torch gets the thread count of the process that runs the blocks, which on CPUs decides the
-order in which sums are added.
+Both see the source and the work directory by the same paths. What a worker has finished is in the journal within a
+second or so, and one that is killed loses no more than that. The bits are those of a run in one process: a worker of
+another device type, torch or lightship is refused, and torch gets the thread count of the process that runs the blocks,
+which on CPUs decides the order in which sums are added.
 """
 
 import os

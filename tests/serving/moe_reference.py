@@ -1,10 +1,23 @@
-"""The fused layer's reference, in float32, and inputs for it: used by the interpreter's tests and by the GPU's."""
+"""The fused layer's reference, in float32, and inputs for it, for the interpreter's tests, the GPU's, the benchmark."""
+
+from typing import TYPE_CHECKING
 
 import torch
 
 from lightship.w4afp8 import GROUP, dequantize_int4, round_groups_through_fp8, round_through_fp8, token_scales
 
+if TYPE_CHECKING:
+    from lightship.serving.moe.layer import FusedExperts
+
 Tensors = dict[str, torch.Tensor]
+
+
+def fused(weights: Tensors, **settings: object) -> "FusedExperts":
+    """A layer made of copies."""
+    # Here, as it needs triton: tests look first whether that is there, and set its interpreter up.
+    from lightship.serving.moe.layer import FusedExperts
+
+    return FusedExperts(**{name: tensor.clone() for name, tensor in weights.items()}, **settings)
 
 
 def random_weights(experts: int, hidden: int, intermediate: int, device: str = "cpu", seed: int = 0) -> Tensors:

@@ -23,10 +23,10 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
 from lightship.serving.moe import routing
-from lightship.serving.moe.layer import FusedExperts
 from lightship.serving.moe.tuning import Down, GateUp, Plan
 from tests.serving.moe_reference import (
     Tensors,
+    fused,
     random_routing,
     random_tokens,
     random_weights,
@@ -71,11 +71,6 @@ def interpreter_like_a_gpu() -> Iterator[None]:
         for name in ("cast_impl", "create_fp_trunc"):
             monkeypatch.setattr(builder, name, lambda self, src, to: round_to_bf16(src, to, partial(cast, self)))
         yield
-
-
-def fused(weights: Tensors, **settings: object) -> FusedExperts:
-    """A layer made of copies."""
-    return FusedExperts(**{name: tensor.clone() for name, tensor in weights.items()}, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import torch
 
 from tests.serving.moe_reference import (
     Tensors,
+    fused,
     random_routing,
     random_tokens,
     random_weights,
@@ -44,10 +45,6 @@ def weights() -> Tensors:
 @pytest.fixture(scope="module")
 def layer(weights: Tensors) -> FusedExperts:
     return fused(weights, top_k=TOP_K)
-
-
-def fused(weights: Tensors, **settings: object) -> FusedExperts:
-    return FusedExperts(**{name: tensor.clone() for name, tensor in weights.items()}, **settings)
 
 
 def given(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
