@@ -76,12 +76,12 @@ def test_kill_9_anywhere_leads_to_the_same_bytes(
     steps = 0
     for _ in range(KILLS):
         before = rounded(command.out)
-        code, _ = run(command, chance.randint(1, 2 * deeds // KILLS))
+        code, _ = run(command, chance.randint(1, 5 * deeds // (2 * KILLS)))
         assert code == -signal.SIGKILL
         assert rounded(command.out) >= before
         assert not command.out.exists()
         steps += rounded(command.out) > before
-    assert steps > 1, "the kills should be spread over the experts"
+    assert steps > 2, "the kills should be spread over the experts"
     done = rounded(command.out)
     assert set(done.values()) == {1}, "no finished expert is rounded again"
     code, _ = run(command)
