@@ -9,6 +9,9 @@ work. Both signs cost one pass: -scale is scale with the ends of int4 swapped, s
 |w| > 7.5 scale, where one end is a step nearer than the other.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import torch
 
 from lightship.quant.rounding import Int4Weight, group_amax, round_with_scales, runs_triton
@@ -19,7 +22,7 @@ COARSE_FIRST, COARSE_STEP, COARSE_COUNT = 6.75, 0.375, 15
 
 FINE = (-0.125, -0.0625, 0.0625, 0.125)
 
-CHUNK = {"cpu": 1 << 17, "cuda": 1 << 25}
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
 """Weights at a time: what a core's cache holds, or what keeps a GPU busy."""
 
 
@@ -59,10 +62,15 @@ def best_scales(w_OI: torch.Tensor, *, signed: bool, weight_I: torch.Tensor | No
         return best_scales_on_gpu(w_OI, signed=signed, weight_I=weight_I)
     weight_Gg = None if weight_I is None else weight_I.unflatten(0, (-1, GROUP))
     rows = max(1, CHUNK.get(w_OI.device.type, 1 << 25) // w_OI.shape[-1])
-    return torch.cat([_search(w_rI, weight_Gg, signed=signed) for w_rI in w_OI.split(rows)])
+    search = partial(_search, weight_Gg=weight_Gg, signed=signed)
+    if w_OI.device.type != "cpu":
+        return torch.cat([search(w_rI) for w_rI in w_OI.split(rows)])
+    # A core a chunk: shared among the cores, its many short steps would mostly wait for one another.
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as cores:
+        return torch.cat(list(cores.map(search, w_OI.split(rows))))
 
 
-def _search(w_OI: torch.Tensor, weight_Gg: torch.Tensor | None, *, signed: bool) -> torch.Tensor:
+def _search(w_OI: torch.Tensor, *, weight_Gg: torch.Tensor | None, signed: bool) -> torch.Tensor:
     w_OGg = w_OI.unflatten(-1, (-1, GROUP))
     magnitude_OGg = w_OGg.abs()
     amax_OG = group_amax(w_OI)
