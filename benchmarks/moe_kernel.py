@@ -36,7 +36,7 @@ from tests.serving import moe_reference
 
 TOKENS = (1, 4, 8, 16, 64, 256, 1024, 4096)
 BYTES_A_US = 3e6
-ERROR_TOKENS = 257
+ERROR_TOKENS = 1025
 STEPS = "lightship, its steps"
 
 

@@ -72,7 +72,14 @@ CONFIG: dict[str, Any] = {
     "rope_theta": 10000.0,
     "bos_token_id": 0,
     "eos_token_id": 1,
-    "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "moe_layer_freq": 1,
+    "torch_dtype": "bfloat16",
+    "quantization_config": {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+    },
 }
 
 

@@ -1,7 +1,6 @@
 """The second product: the intermediate by w2, a row a pair; `combine` then adds a token's rows.
 
-`down` has the rows of a tile and writes them, weighted, at their pairs' places; with `combine` it walks the outputs in
-chunks. `down_and_combine` is for a few tokens:
+`down` has the rows of a tile and writes them, weighted, at their pairs' places. `down_and_combine` is for a few tokens:
 a program has all experts of one token and adds them in their order, so nothing is written between.
 """
 
@@ -11,31 +10,7 @@ import triton.language as tl
 
 from lightship.serving.moe.decode import expand, split_scales
 from lightship.serving.moe.routing import Routed
-from lightship.serving.moe.tuning import Down, Plan
-
-
-def down_in_chunks(
-    h_PI: torch.Tensor,
-    h_scale_PG: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    experts_TK: torch.Tensor,
-    weights_TK: torch.Tensor,
-    routed: Routed,
-    plan: Plan,
-    scale: float,
-    out_TH: torch.Tensor,
-) -> None:
-    """`down` and `combine` by turns over chunks of out's columns.
-
-    Every chunk's rows take the place of the one's before: where they fit the L2 cache, they are added up from there.
-    """
-    hidden, block_n = out_TH.shape[1], plan.down.block_n
-    width = triton.cdiv(triton.cdiv(hidden, block_n), plan.chunks) * block_n
-    y_PW = out_TH.new_empty(len(h_PI), width)
-    for first in range(0, hidden, width):
-        down(h_PI, h_scale_PG, w2, w2_scale, weights_TK, routed, plan, scale, first, y_PW)
-        combine(y_PW, experts_TK, len(w2), out_TH[:, first : first + width])
+from lightship.serving.moe.tuning import Down
 
 
 def down(
@@ -45,31 +20,27 @@ def down(
     w2_scale: torch.Tensor,
     weights_TK: torch.Tensor,
     routed: Routed,
-    plan: Plan,
+    how: Down,
     scale: float,
-    first: int,
-    y_PW: torch.Tensor,
-) -> None:
-    """Fill y_PW bf16, by pair, of this rank's pairs: outputs `first` to `first` + W, times weight and `scale`."""
-    how, hidden, width = plan.down, w2.shape[2], y_PW.shape[1]
-    blocks = triton.cdiv(width, how.block_n * how.walk)
-    _down[(len(routed.tile_expert) * blocks,)](
-        h_PI, h_scale_PG, w2, w2_scale, weights_TK, routed.tile_expert, routed.tile_start, routed.tile_end,
-        routed.pair_P, y_PW, scale, width, first, min(width, hidden - first), blocks, HIDDEN=hidden,
-        INTER=h_PI.shape[1], WHOLE=hidden % width == 0 and blocks * how.block_n * how.walk == width,
-        BLOCK_M=plan.block_m, BLOCK_N=how.block_n, WALK=how.walk, STAGES=how.stages, num_warps=how.warps,
+) -> torch.Tensor:
+    """bf16 [P, H] by pair, of which this rank's are set: the products, times weight and `scale`."""
+    (pairs, inter), hidden = h_PI.shape, w2.shape[2]
+    y_PH = torch.empty(pairs, hidden, dtype=torch.bfloat16, device=h_PI.device)
+    blocks = triton.cdiv(hidden, how.block_n * how.walk)
+    _down[(len(routed.down.expert) * blocks,)](
+        h_PI, h_scale_PG, w2, w2_scale, weights_TK, *routed.down, routed.pair_P, y_PH, scale, HIDDEN=hidden,
+        INTER=inter, BLOCK_M=how.block_m, BLOCK_N=how.block_n, WALK=how.walk, STAGES=how.stages,
+        num_warps=how.warps,
     )  # fmt: skip
+    return y_PH
 
 
-def combine(y_PW: torch.Tensor, experts_TK: torch.Tensor, experts: int, out_TW: torch.Tensor) -> None:
-    """out_TW = the sum of each token's rows, those of other ranks' experts left out, in the order of its experts.
-
-    W of out_TW may be less than that of y_PW, and its rows may be parts of longer ones.
-    """
-    tokens, width = out_TW.shape
-    block = min(1024, triton.next_power_of_2(width))
-    _combine[(tokens, triton.cdiv(width, block))](
-        y_PW, experts_TK, out_TW, y_PW.stride(0), out_TW.stride(0), width, TOP_K=experts_TK.shape[1], EXPERTS=experts,
+def combine(y_PH: torch.Tensor, experts_TK: torch.Tensor, experts: int, out_TH: torch.Tensor) -> None:
+    """out_TH = the sum of each token's rows, those of other ranks' experts left out, in the order of its experts."""
+    tokens, hidden = out_TH.shape
+    block = min(1024, triton.next_power_of_2(hidden))
+    _combine[(tokens, triton.cdiv(hidden, block))](
+        y_PH, experts_TK, out_TH, out_TH.stride(0), HIDDEN=hidden, TOP_K=experts_TK.shape[1], EXPERTS=experts,
         BLOCK=block, num_warps=max(1, block // 256),
     )  # fmt: skip
 
@@ -94,16 +65,17 @@ def down_and_combine(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit
 def _down(
     h_ptr, h_scale_ptr, w_ptr, w_scale_ptr, weight_ptr, expert_ptr, start_ptr, end_ptr, pair_ptr, y_ptr, scale,
-    y_stride, first, width, blocks, HIDDEN: tl.constexpr, INTER: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WALK: tl.constexpr, STAGES: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WALK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Outputs `first` to `first` + `width` of the rows; WHOLE: programs have nothing beyond `width`."""
+    BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N * WALK - 1) // (BLOCK_N * WALK)
     STEPS: tl.constexpr = (INTER + 255) // 256
-    tile = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks * WALK
+    WHOLE: tl.constexpr = HIDDEN % (BLOCK_N * WALK) == 0
+    tile = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS * WALK
     expert = tl.load(expert_ptr + tile)
     if expert < 0:
         return
@@ -111,27 +83,27 @@ def _down(
     inside = row < tl.load(end_ptr + tile)
     pair = tl.load(pair_ptr + row, mask=inside, other=0)
     weight = tl.load(weight_ptr + pair, mask=inside, other=0.0) * scale
-    y = y_ptr + pair[:, None].to(tl.int64) * y_stride
-    w_ptr += expert.to(tl.int64) * (STEPS * HIDDEN * 128) + first * 128
-    w_scale_ptr += expert.to(tl.int64) * (STEPS * HIDDEN) + first
+    y = y_ptr + pair[:, None].to(tl.int64) * HIDDEN
+    w_ptr += expert.to(tl.int64) * (STEPS * HIDDEN * 128)
+    w_scale_ptr += expert.to(tl.int64) * (STEPS * HIDDEN)
     h = h_ptr + row[:, None] * INTER
     h_scale = h_scale_ptr + row * (INTER // 128)
     if STEPS == 1:
         h_0, h_1, t_0, t_1 = _rows(h, h_scale, inside, weight, 0, INTER)
         for i in tl.range(0, WALK, num_stages=STAGES):
             n = (block + i) * BLOCK_N + tl.arange(0, BLOCK_N)
-            w, s = _weights(w_ptr, w_scale_ptr, n, 0, width, WHOLE, HIDDEN)
+            w, s = _weights(w_ptr, w_scale_ptr, n, 0, WHOLE, HIDDEN)
             acc = _step(w, s, h_0, h_1, t_0, t_1)
-            _write(y, acc, n, inside, width, WHOLE)
+            _write(y, acc, n, inside, WHOLE, HIDDEN)
     else:
         for i in range(WALK):
             n = (block + i) * BLOCK_N + tl.arange(0, BLOCK_N)
             acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for step in tl.range(STEPS, num_stages=STAGES):
                 h_0, h_1, t_0, t_1 = _rows(h, h_scale, inside, weight, step, INTER)
-                w, s = _weights(w_ptr, w_scale_ptr, n, step, width, WHOLE, HIDDEN)
+                w, s = _weights(w_ptr, w_scale_ptr, n, step, WHOLE, HIDDEN)
                 acc += _step(w, s, h_0, h_1, t_0, t_1)
-            _write(y, acc, n, inside, width, WHOLE)
+            _write(y, acc, n, inside, WHOLE, HIDDEN)
 
 
 @triton.jit
@@ -149,14 +121,14 @@ def _rows(h, h_scale, inside, weight, step, INTER: tl.constexpr):
 
 
 @triton.jit
-def _weights(w_ptr, w_scale_ptr, n, step, width, WHOLE: tl.constexpr, HIDDEN: tl.constexpr):
-    """A tile of packed weights and its pairs of scales; outputs from `width` on are left out unless WHOLE."""
+def _weights(w_ptr, w_scale_ptr, n, step, WHOLE: tl.constexpr, HIDDEN: tl.constexpr):
+    """A tile of packed weights and its pairs of scales; WHOLE: none of the outputs is beyond HIDDEN."""
     k = tl.arange(0, 128)
     w = w_ptr + step * (HIDDEN * 128) + (n[:, None] * 128 + k[None, :])
     s = w_scale_ptr + step * HIDDEN + n
     if WHOLE:
         return tl.load(w), tl.load(s)
-    return tl.load(w, mask=n[:, None] < width, other=0), tl.load(s, mask=n < width, other=0)
+    return tl.load(w, mask=n[:, None] < HIDDEN, other=0), tl.load(s, mask=n < HIDDEN, other=0)
 
 
 @triton.jit
@@ -170,16 +142,16 @@ def _step(w, s, h_0, h_1, t_0, t_1):
 
 
 @triton.jit
-def _write(y, acc, n, inside, width, WHOLE: tl.constexpr):
+def _write(y, acc, n, inside, WHOLE: tl.constexpr, HIDDEN: tl.constexpr):
     mask = inside[:, None]
     if not WHOLE:
-        mask &= n[None, :] < width
+        mask &= n[None, :] < HIDDEN
     tl.store(y + n[None, :], tl.trans(acc.to(tl.bfloat16)), mask=mask)
 
 
 @triton.jit
 def _combine(
-    y_ptr, expert_ptr, out_ptr, y_stride, out_stride, width, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
+    y_ptr, expert_ptr, out_ptr, out_stride, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -189,8 +161,8 @@ def _combine(
         pair = token * TOP_K + slot
         expert = tl.load(expert_ptr + pair).to(tl.int32)
         here = (expert >= 0) & (expert < EXPERTS)
-        acc += tl.load(y_ptr + pair * y_stride + n, mask=here & (n < width), other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * out_stride + n, acc.to(tl.bfloat16), mask=n < width)
+        acc += tl.load(y_ptr + pair * HIDDEN + n, mask=here & (n < HIDDEN), other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * out_stride + n, acc.to(tl.bfloat16), mask=n < HIDDEN)
 
 
 @triton.jit
@@ -224,7 +196,6 @@ def _down_and_combine(
             w_scale_ptr + owner * (STEPS * HIDDEN),
             n,
             step,
-            HIDDEN,
             WHOLE,
             HIDDEN,
         )

@@ -2,7 +2,8 @@
 
 The weights are the left operand, taken from shared memory to registers, decoded there and multiplied from there; rows
 of x are the right one. A program has 128 gate and the same 128 up outputs of one tile's rows, hence whole groups of the
-intermediate, whose scales then do not depend on how the layer is sharded.
+intermediate, whose scales then do not depend on how the layer is sharded. A tile takes the time of its full height
+however few rows it has, so an expert's last one, if it is short, may be worked on as a lower one.
 
 Where tiles are too few to fill the GPU, the inputs are split over several programs. They leave sums in float32, and
 `activate` adds them in their order.
@@ -11,7 +12,6 @@ Where tiles are too few to fill the GPU, the inputs are split over several progr
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightship.serving.moe.decode import FP8_MAX, LEAST, UNIT, add_scaled, expand, split_scales, to_fp8
 from lightship.serving.moe.routing import Routed
@@ -26,7 +26,6 @@ def gate_up(
     w13_scale: torch.Tensor,
     experts_TK: torch.Tensor,
     routed: Routed | None,
-    block_m: int,
     how: GateUp,
     input_scale: torch.Tensor | None,
     h_PI: torch.Tensor,
@@ -39,19 +38,17 @@ def gate_up(
     hidden, (pairs, intermediate) = q_TH.shape[1], h_PI.shape
     experts, pairs_of_groups, outputs, _ = w13.shape
     assert outputs == 2 * intermediate
-    tiles = pairs if routed is None else len(routed.tile_expert)
     split = min(how.split, pairs_of_groups)
     sums = None
     if split > 1:
         sums = torch.empty(split, pairs, outputs, dtype=torch.float32, device=q_TH.device)
-    lists = (experts_TK, None, None, None) if routed is None else (
-        routed.tile_expert, routed.tile_start, routed.tile_end, routed.pair_P
-    )  # fmt: skip
-    tensor = TensorDescriptor.from_tensor(w13.view(-1, GROUP), [GROUP, GROUP]) if how.tma else None
+    tiles, lists = pairs, (experts_TK, None, None, None)
+    if routed is not None:
+        tiles, lists = len(routed.gate_up.expert), (*routed.gate_up, routed.pair_P)
     _gate_up[(tiles * split * (intermediate // GROUP),)](
-        q_TH, scale_T, w13, tensor, w13_scale, *lists, input_scale, h_PI, h_scale_PG, sums, pairs, ORDERED=how.ordered,
-        TOP_K=experts_TK.shape[1], EXPERTS=experts, HIDDEN=hidden, INTER=intermediate, SPLIT=split, BLOCK_M=block_m,
-        STAGES=how.stages, num_warps=how.warps, maxnreg=how.registers,
+        q_TH, scale_T, w13, w13_scale, *lists, input_scale, h_PI, h_scale_PG, sums, pairs, ORDERED=how.ordered,
+        TOP_K=experts_TK.shape[1], EXPERTS=experts, HIDDEN=hidden, INTER=intermediate, SPLIT=split, BLOCK_M=how.block_m,
+        SHORT=how.short, STAGES=how.stages, num_warps=how.warps,
     )  # fmt: skip
     if sums is not None:
         _activate[(pairs, intermediate // GROUP)](
@@ -62,14 +59,12 @@ def gate_up(
 
 @triton.jit(do_not_specialize=["pairs"])
 def _gate_up(
-    q_ptr, scale_ptr, w_ptr, w_tensor, w_scale_ptr, expert_ptr, start_ptr, end_ptr, pair_ptr, input_scale_ptr, h_ptr,
+    q_ptr, scale_ptr, w_ptr, w_scale_ptr, expert_ptr, start_ptr, end_ptr, pair_ptr, input_scale_ptr, h_ptr,
     h_scale_ptr, sums_ptr, pairs, ORDERED: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, SHORT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     COLUMNS: tl.constexpr = INTER // 128
-    STEPS: tl.constexpr = (HIDDEN + 255) // 256
-    PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    OUTPUTS: tl.constexpr = 2 * INTER
     tile = tl.program_id(0) // (COLUMNS * SPLIT)
     part = tl.program_id(0) // COLUMNS % SPLIT
     column = tl.program_id(0) % COLUMNS
@@ -77,12 +72,37 @@ def _gate_up(
     if (expert < 0) | (expert >= EXPERTS):
         return
     if start_ptr is None:
-        row = tile + tl.arange(0, BLOCK_M)
-        inside = row < tile + 1
+        start = tile
+        end = tile + 1
+    else:
+        start = tl.load(start_ptr + tile)
+        end = tl.load(end_ptr + tile)
+    if SHORT > 0 and end - start <= SHORT:
+        _tile(
+            q_ptr, scale_ptr, w_ptr, w_scale_ptr, pair_ptr, input_scale_ptr, h_ptr, h_scale_ptr, sums_ptr, pairs,
+            expert, start, end, part, column, ORDERED, TOP_K, HIDDEN, INTER, SPLIT, SHORT, STAGES,
+        )  # fmt: skip
+    else:
+        _tile(
+            q_ptr, scale_ptr, w_ptr, w_scale_ptr, pair_ptr, input_scale_ptr, h_ptr, h_scale_ptr, sums_ptr, pairs,
+            expert, start, end, part, column, ORDERED, TOP_K, HIDDEN, INTER, SPLIT, BLOCK_M, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    q_ptr, scale_ptr, w_ptr, w_scale_ptr, pair_ptr, input_scale_ptr, h_ptr, h_scale_ptr, sums_ptr, pairs, expert,
+    start, end, part, column, ORDERED: tl.constexpr, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, INTER: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    STEPS: tl.constexpr = (HIDDEN + 255) // 256
+    PART: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
+    OUTPUTS: tl.constexpr = 2 * INTER
+    row = start + tl.arange(0, BLOCK_M)
+    inside = row < end
+    if pair_ptr is None:
         token = tl.where(inside, row // TOP_K, 0)
     else:
-        row = tl.load(start_ptr + tile) + tl.arange(0, BLOCK_M)
-        inside = row < tl.load(end_ptr + tile)
         token = tl.load(pair_ptr + row, mask=inside, other=0) // TOP_K
     step_0 = part * PART
     steps = tl.minimum(STEPS - step_0, PART)
@@ -92,7 +112,6 @@ def _gate_up(
     first = expert.to(tl.int64) * STEPS + step_0
     x = q_ptr + token[:, None].to(tl.int64) * HIDDEN + (step_0 * 256 + k)[None, :]
     w = w_ptr + first * (OUTPUTS * 128) + (n[:, None] * 128 + k[None, :])
-    w_row = (expert * STEPS + step_0) * OUTPUTS + column * 128
     s = w_scale_ptr + first * OUTPUTS + n
     gate = tl.zeros((128, BLOCK_M), tl.float32)
     up = tl.zeros((128, BLOCK_M), tl.float32)
@@ -105,12 +124,8 @@ def _gate_up(
             x_1 = tl.load(x + 128, mask=inside[:, None], other=0.0)
         else:
             x_1 = tl.load(x + 128, mask=inside[:, None] & (step_0 + step + 1 < STEPS), other=0.0)
-        if w_tensor is None:
-            w_gate = tl.load(w)
-            w_up = tl.load(w + INTER * 128)
-        else:
-            w_gate = w_tensor.load([w_row, 0])
-            w_up = w_tensor.load([w_row + INTER, 0])
+        w_gate = tl.load(w)
+        w_up = tl.load(w + INTER * 128)
         s += OUTPUTS
         gate_scale_next = tl.load(s, mask=step + 1 < steps, other=0)
         up_scale_next = tl.load(s + INTER, mask=step + 1 < steps, other=0)
@@ -126,7 +141,6 @@ def _gate_up(
         up_scale = up_scale_next
         x += 256
         w += OUTPUTS * 128
-        w_row += OUTPUTS
 
     x_scale = tl.load(scale_ptr + token, mask=inside, other=0.0)
     gate *= x_scale[None, :]

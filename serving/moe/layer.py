@@ -144,22 +144,23 @@ class FusedExperts:
         if plan.direct:
             routing.quantize(*given)
             return None
-        return routing.quantize_and_sort(*given, call.experts_TK, self.shape.experts, plan.block_m)
+        return routing.quantize_and_sort(*given, call.experts_TK, self.shape.experts, plan)
 
     def gate_up(self, call: Call, plan: Plan) -> None:
         """The first product."""
         gate_up.gate_up(
-            call.q_TH, call.scale_T, self.w13, self.w13_scale, call.experts_TK, call.routed, plan.block_m,
-            plan.gate_up, self.input_scales[1], call.h_PI, call.h_scale_PG,
+            call.q_TH, call.scale_T, self.w13, self.w13_scale, call.experts_TK, call.routed, plan.gate_up,
+            self.input_scales[1], call.h_PI, call.h_scale_PG,
         )  # fmt: skip
 
     def down(self, call: Call, plan: Plan) -> None:
         """The second product and the sum."""
-        given = call.h_PI, call.h_scale_PG, self.w2, self.w2_scale, call.experts_TK, call.weights_TK
+        given = call.h_PI, call.h_scale_PG, self.w2, self.w2_scale
         if call.routed is None:
-            down.down_and_combine(*given, plan.down, self.scale, call.out_TH)
+            down.down_and_combine(*given, call.experts_TK, call.weights_TK, plan.down, self.scale, call.out_TH)
         else:
-            down.down_in_chunks(*given, call.routed, plan, self.scale, call.out_TH)
+            y_PH = down.down(*given, call.weights_TK, call.routed, plan.down, self.scale)
+            down.combine(y_PH, call.experts_TK, self.shape.experts, call.out_TH)
 
 
 def _sizes(

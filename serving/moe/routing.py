@@ -7,29 +7,34 @@ Pairs whose expert is not one of this rank's (-1, or anything outside 0 to E - 1
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from lightship.serving.moe.decode import FP8_MAX, LEAST, UNIT, to_fp8
+from lightship.serving.moe.tuning import Plan
 
 CHUNKS = (512, 2048, 4096)
 """Pairs that a program looks at together: the least that takes all, or else the last."""
 
 
+class Tiles(NamedTuple):
+    """An expert's rows in parts of a height or less, each int32 [tiles]: expert (-1: nothing to do), range of rows."""
+
+    expert: torch.Tensor
+    start: torch.Tensor
+    end: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Routed:
-    """The sorted pairs, and the tiles of up to `block_m` of them, of one expert each, that the products work on.
-
-    pair_P int32: the pairs by expert, of which only this rank's are set. tile_expert, tile_start, tile_end int32
-    [tiles]: expert (-1: nothing to do) and the range of its rows.
-    """
+    """pair_P int32: the pairs by expert, of which only this rank's are set; and the tiles of each product."""
 
     pair_P: torch.Tensor
-    tile_expert: torch.Tensor
-    tile_start: torch.Tensor
-    tile_end: torch.Tensor
+    gate_up: Tiles
+    down: Tiles
 
 
 def most_tiles(pairs: int, experts: int, block_m: int) -> int:
@@ -41,8 +46,8 @@ def quantize(x_TH: torch.Tensor, input_scale: torch.Tensor | None, scale_T: torc
     """x_TH bf16 to e4m3 by token, or by `input_scale`, into q_TH; scale_T undoes it, and the weights' unit."""
     tokens, hidden = x_TH.shape
     _prepare[(tokens,)](
-        x_TH, input_scale, q_TH, scale_T, x_TH.stride(0), None, None, None, None, None, 0, 0, HIDDEN=hidden,
-        WIDTH=triton.next_power_of_2(hidden), EXPERTS=0, CHUNK=0, ONCE=True, BLOCK_M=16, num_warps=8,
+        x_TH, input_scale, q_TH, scale_T, x_TH.stride(0), None, None, None, None, 0, 0, 0, HIDDEN=hidden,
+        WIDTH=triton.next_power_of_2(hidden), EXPERTS=0, CHUNK=0, ONCE=True, GATE_UP_M=16, DOWN_M=16, num_warps=8,
     )  # fmt: skip
 
 
@@ -53,28 +58,28 @@ def quantize_and_sort(
     q_TH: torch.Tensor,
     experts_TK: torch.Tensor,
     experts: int,
-    block_m: int,
+    plan: Plan,
 ) -> Routed:
-    """As `quantize`, and the pairs of experts_TK by expert, in the same launch."""
+    """As `quantize`, and the pairs of experts_TK by expert, with the tiles of both products, in the same launch."""
     (tokens, hidden), pairs = x_TH.shape, experts_TK.numel()
-    tiles = most_tiles(pairs, experts, block_m)
-    table = torch.empty(3 * tiles + pairs, dtype=torch.int32, device=x_TH.device)
-    routed = Routed(table[3 * tiles :], *table[: 3 * tiles].view(3, tiles))
+    gate_up_m, down_m = plan.gate_up.block_m, plan.down.block_m
+    gate_ups, downs = most_tiles(pairs, experts, gate_up_m), most_tiles(pairs, experts, down_m)
+    table = torch.empty(3 * (gate_ups + downs) + pairs, dtype=torch.int32, device=x_TH.device)
+    first, second, pair_P = table.split((3 * gate_ups, 3 * downs, pairs))
     chunk = next((c for c in CHUNKS if pairs <= c), CHUNKS[-1])
     _prepare[(experts + tokens,)](
-        x_TH, input_scale, q_TH, scale_T, x_TH.stride(0), experts_TK, routed.pair_P, routed.tile_expert,
-        routed.tile_start, routed.tile_end, pairs, tiles, HIDDEN=hidden,
-        WIDTH=triton.next_power_of_2(hidden), EXPERTS=experts, CHUNK=chunk, ONCE=pairs <= chunk,
-        BLOCK_M=block_m, num_warps=8,
+        x_TH, input_scale, q_TH, scale_T, x_TH.stride(0), experts_TK, pair_P, first, second, pairs, gate_ups, downs,
+        HIDDEN=hidden, WIDTH=triton.next_power_of_2(hidden), EXPERTS=experts, CHUNK=chunk, ONCE=pairs <= chunk,
+        GATE_UP_M=gate_up_m, DOWN_M=down_m, num_warps=8,
     )  # fmt: skip
-    return routed
+    return Routed(pair_P, Tiles(*first.view(3, gate_ups)), Tiles(*second.view(3, downs)))
 
 
-@triton.jit(do_not_specialize=["pairs", "tiles"])
+@triton.jit(do_not_specialize=["pairs", "gate_ups", "downs"])
 def _prepare(
-    x_ptr, input_scale_ptr, q_ptr, scale_ptr, x_stride, experts_ptr, pair_ptr, tile_expert_ptr, tile_start_ptr,
-    tile_end_ptr, pairs, tiles, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
-    ONCE: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_ptr, input_scale_ptr, q_ptr, scale_ptr, x_stride, experts_ptr, pair_ptr, gate_up_ptr, down_ptr, pairs, gate_ups,
+    downs, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, ONCE: tl.constexpr,
+    GATE_UP_M: tl.constexpr, DOWN_M: tl.constexpr,
 ):  # fmt: skip
     """The first EXPERTS programs each collect the pairs of one expert; each of the others quantizes a token."""
     program = tl.program_id(0)
@@ -82,7 +87,8 @@ def _prepare(
         _quantize_token(x_ptr, input_scale_ptr, q_ptr, scale_ptr, program - EXPERTS, x_stride, HIDDEN, WIDTH)
     elif EXPERTS > 0:
         start, count = _count(experts_ptr, pairs, program, CHUNK, ONCE)
-        _list_tiles(tile_expert_ptr, tile_start_ptr, tile_end_ptr, tiles, program, start, count, EXPERTS, BLOCK_M)
+        _list_tiles(gate_up_ptr, gate_ups, program, start, count, EXPERTS, GATE_UP_M)
+        _list_tiles(down_ptr, downs, program, start, count, EXPERTS, DOWN_M)
         _place(experts_ptr, pair_ptr, pairs, program, start, CHUNK, ONCE)
 
 
@@ -146,11 +152,8 @@ def _place_chunk(experts_ptr, pair_ptr, pairs, start, expert, first, CHUNK: tl.c
 
 
 @triton.jit
-def _list_tiles(
-    tile_expert_ptr, tile_start_ptr, tile_end_ptr, tiles, expert, start, count, EXPERTS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Write the expert's tiles, and -1 up to where the next expert's begin.
+def _list_tiles(list_ptr, tiles, expert, start, count, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Write the expert's tiles into a list [3, tiles], and -1 up to where the next expert's begin.
 
     An expert's tiles begin where they would if each expert before it had a tile more than its rows fill, but no more
     such experts than rows: that depends on `start` alone, leaves enough room, and stays below `most_tiles`.
@@ -164,6 +167,6 @@ def _list_tiles(
         tile = tile_0 + tl.arange(0, 64)
         row = start + (tile - first) * BLOCK_M
         inside = tile < beyond
-        tl.store(tile_expert_ptr + tile, tl.where(row < end, expert, -1), mask=inside)
-        tl.store(tile_start_ptr + tile, row, mask=inside)
-        tl.store(tile_end_ptr + tile, tl.minimum(row + BLOCK_M, end), mask=inside)
+        tl.store(list_ptr + tile, tl.where(row < end, expert, -1), mask=inside)
+        tl.store(list_ptr + tiles + tile, row, mask=inside)
+        tl.store(list_ptr + 2 * tiles + tile, tl.minimum(row + BLOCK_M, end), mask=inside)

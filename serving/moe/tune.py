@@ -1,10 +1,9 @@
 """`lightship tune`: time candidate plans on this GPU and write the fastest as a table.
 
-The first product is timed alone, and the second with the sum, for each height of tile; then the best pair of each
-height together, as a whole layer. Candidates that never came near the best are not tried.
+The first product is timed alone, and the second with the sum; then the best of each together, as a whole layer.
+Candidates that never came near the best are not tried.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -48,25 +47,17 @@ def tune(shapes: list[Shape], out: Path, token_counts: tuple[int, ...] = TOKENS)
 
 
 def walk_plans(layer: FusedExperts, inputs: list[Tokens]) -> Iterator[dict[str, Any]]:
-    """Time candidates: {"block_m", "gate_up" or "down", "chunks", "us"} each, then the best as {"plan", "layer_us"}."""
+    """Time candidates: {"direct", "gate_up" or "down", "us"} each, then the best as {"plan", "layer_us"}."""
     tokens = len(inputs[0][0])
-    modes = [(True, 16)] if tokens <= 4 else []
-    if tokens > 2:
-        modes += [(False, block_m) for block_m in heights(layer.shape.rows(tokens))]
-    for direct, block_m in modes:
-        calls = calls_for(layer, inputs, Plan(block_m, direct))
-        plans = [Plan(block_m, direct, gate_up=how) for how in gate_ups(tokens, block_m, direct)]
-        times = {plan.gate_up: _time(layer.gate_up, calls, plan) for plan in plans}
-        yield from ({"block_m": block_m, "gate_up": how, "us": round(us, 2)} for how, us in times.items())
-        best = Plan(block_m, direct, gate_up=min(times, key=lambda how: times[how]))
-        plans = [
-            msgspec.structs.replace(best, down=how, chunks=c) for how, c in downs(layer.shape, tokens, block_m, direct)
-        ]
-        seconds = {plan: _time(layer.down, calls, plan) for plan in plans}
-        for plan, us in seconds.items():
-            yield {"block_m": block_m, "down": plan.down, "chunks": plan.chunks, "us": round(us, 2)}
-        best = min(seconds, key=lambda plan: seconds[plan])
-        yield {"plan": best, "layer_us": round(median_us(partial(_whole, layer, best), inputs), 2)}
+    for direct in [True] * (tokens <= 4) + [False] * (tokens > 2):
+        plan = Plan(direct=direct)
+        for product, hows in (("gate_up", gate_ups), ("down", downs)):
+            times = {}
+            for how in hows(layer.shape, tokens, direct):
+                times[how] = _time(layer, inputs, msgspec.structs.replace(plan, **{product: how}), product)
+                yield {"direct": direct, product: how, "us": round(times[how], 2)}
+            plan = msgspec.structs.replace(plan, **{product: min(times, key=lambda how: times[how])})
+        yield {"plan": plan, "layer_us": round(median_us(partial(_whole, layer, plan), inputs), 2)}
 
 
 def _whole(layer: FusedExperts, plan: Plan, given: Tokens) -> torch.Tensor:
@@ -75,39 +66,40 @@ def _whole(layer: FusedExperts, plan: Plan, given: Tokens) -> torch.Tensor:
 
 def heights(rows: float) -> list[int]:
     """Candidate heights of tiles, where an expert has so many rows on average."""
-    ranges = {16: (0, 16), 32: (8, 128), 64: (24, float("inf"))}
+    ranges = {16: (0, 16), 32: (8, float("inf")), 64: (24, float("inf"))}
     return [height for height, (least, most) in ranges.items() if least <= rows <= most]
 
 
-def gate_ups(tokens: int, block_m: int, direct: bool) -> list[GateUp]:
+def gate_ups(shape: Shape, tokens: int, direct: bool) -> list[GateUp]:
     """Candidates for the first product."""
     if direct:
-        return [GateUp(split, 8, 3) for split in {1: (7,), 2: (4, 7)}.get(tokens, (2, 4))]
-    few = GateUp(1, 8, 3, ordered=True, registers=128)
-    if block_m == 16:
-        return [GateUp(1, 4, 3), GateUp(2, 4, 3) if tokens <= 16 else GateUp(1, 4, 2), few]
-    if block_m == 32:
-        return [GateUp(1, 8, 3), few]
-    return [GateUp(1, 8, 3), GateUp(1, 8, 3, tma=True), GateUp(1, 8, 3, ordered=True), GateUp(1, 8, 3, True, True)]
+        return [GateUp(16, split) for split in {1: (7,), 2: (4, 7)}.get(tokens, (2, 4))]
+    candidates = {
+        16: [GateUp(16, warps=4), GateUp(16, split=2, warps=4) if tokens <= 16 else GateUp(16, warps=4, stages=2)],
+        32: [GateUp(32), GateUp(32, short=16)],
+        64: [GateUp(64, short=short, ordered=True) for short in (0, 16, 32)],
+    }
+    return [how for height in heights(shape.rows(tokens)) for how in candidates[height]]
 
 
-def downs(shape: Shape, tokens: int, block_m: int, direct: bool) -> list[tuple[Down, int]]:
-    """Candidates for the second product, and the chunks in which it takes turns with the sum."""
+def downs(shape: Shape, tokens: int, direct: bool) -> list[Down]:
+    """Candidates for the second product."""
     if direct:
-        return [(Down(64, 1, 4, 3), 1), (Down(64, 1, 4, 4), 1)]
-    narrow = shape.intermediate <= 2 * GROUP
-    if tokens < 512:
-        if narrow:
-            return [(Down(128, walk, 4, 3), 1) for walk in ((7, 14, 28) if block_m == 16 else (4, 14))]
-        return [(Down(128, 1, 4, 3), 1), (Down(128, 1, 8, 3), 1), (Down(64, 1, 4, 4), 1)]
-    between = tokens * shape.top_k * shape.experts / shape.total * shape.hidden * 2
-    chunks = sorted({min(28, math.ceil(between / size)) for size in (8 << 20, 16 << 20, 32 << 20, 64 << 20)} | {1})
-    hows = (
-        [Down(128, walk, 4, 3) for walk in (14, 4, 2)]
-        if narrow
-        else [Down(128, 1, 4, 3), Down(128, 1, 8, 3), Down(64, 1, 4, 3)]
-    )
-    return [(how, c) for c in chunks for how in hows if shape.hidden // c >= how.block_n * how.walk or c == 1]
+        return [Down(16, 64, stages=stages) for stages in (3, 4)]
+    if shape.intermediate > 2 * GROUP:
+        walks = {16: (1,), 32: (1, 2, 4), 64: ()}
+        candidates = {
+            height: [Down(height, walk=walk, stages=stages) for walk in walks[height] for stages in (3, 4)]
+            for height in walks
+        }
+        candidates[16].append(Down(16, 64, stages=4))
+    else:
+        candidates = {
+            16: [Down(16, walk=walk) for walk in (7, 14)],
+            32: [Down(32, walk=walk, stages=stages) for walk in (14, 28) for stages in (3, 4)],
+            64: [Down(64, walk=28)],
+        }
+    return [how for height in heights(shape.rows(tokens)) for how in candidates[height]]
 
 
 def calls_for(layer: FusedExperts, inputs: list[Tokens], plan: Plan) -> list[Call]:
@@ -120,10 +112,11 @@ def calls_for(layer: FusedExperts, inputs: list[Tokens], plan: Plan) -> list[Cal
     return calls
 
 
-def _time(step: Callable[[Call, Plan], None], calls: list[Call], plan: Plan) -> float:
-    """Median microseconds of a step; infinite if this GPU and compiler cannot run it so."""
+def _time(layer: FusedExperts, inputs: list[Tokens], plan: Plan, product: str) -> float:
+    """Median microseconds of a product; infinite if this GPU and compiler cannot run it so."""
+    step: Callable[[Call, Plan], None] = getattr(layer, product)
     try:
-        return median_us(lambda call: step(call, plan), calls, replays=10)
+        return median_us(lambda call: step(call, plan), calls_for(layer, inputs, plan), replays=10)
     except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError) as error:
         print(f"not run: {plan}: {error!r:.200}", flush=True)
         return float("inf")

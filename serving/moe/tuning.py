@@ -8,7 +8,6 @@ number of tokens at or above its own, or the rule's beyond the last one.
 """
 
 import functools
-import math
 from pathlib import Path
 
 import msgspec
@@ -20,28 +19,27 @@ TABLES = Path(__file__).parent / "tables"
 STAND_INS = {"NVIDIA H200": "NVIDIA H100 80GB HBM3"}
 """Devices that take another's table where they have none of their own: the same multiprocessors and as many, so the
 same plans fit; which of them is fastest beside an H200's faster memory has not been measured."""
-L2_BYTES = 32 << 20
-"""What the rule lets lie between the second product and the sum: most of a Hopper GPU's L2 cache."""
 
 
 class GateUp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the first product runs: parts that the inputs are split into, warps, and loads in flight.
+    """How the first product runs: rows of a tile, parts that the inputs are split into, warps, and loads in flight.
 
-    tma: weights come by tensor descriptors. ordered: products are added up one by one, which takes fewer registers.
-    registers: the most that a thread may have.
+    short: tiles of so many rows or fewer are worked on at that height; 0: all at the same. ordered: products are added
+    up one by one, which takes fewer registers.
     """
 
+    block_m: int = 16
     split: int = 1
     warps: int = 8
     stages: int = 3
-    tma: bool = False
+    short: int = 0
     ordered: bool = False
-    registers: int | None = None
 
 
 class Down(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the second product runs: outputs of a tile, tiles that a program walks, warps, and loads in flight."""
+    """How the second product runs: rows and outputs of a tile, tiles a program walks, warps, and loads in flight."""
 
+    block_m: int = 16
     block_n: int = 128
     walk: int = 1
     warps: int = 4
@@ -51,16 +49,13 @@ class Down(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a call runs.
 
-    block_m: rows of a tile, 16 at least. direct: for a few tokens, each pair is a tile, nothing is sorted, and the
-    second product adds up the experts of a token. chunks: parts of the hidden size in which the second product and the
-    sum take turns, so that what lies between them fits the L2 cache.
+    direct: for a few tokens, each pair is a tile, nothing is sorted, and the second product adds up the experts of a
+    token.
     """
 
-    block_m: int
-    direct: bool = False
     gate_up: GateUp = GateUp()
     down: Down = Down()
-    chunks: int = 1
+    direct: bool = False
 
 
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -187,12 +182,11 @@ def file_name(device: str) -> str:
 def rule(shape: Shape, tokens: int) -> Plan:
     """A plan for any shape: tiles about as high as an expert has rows, inputs split while programs are few."""
     if tokens <= 2:
-        return Plan(16, direct=True, gate_up=GateUp(split=8 if tokens == 1 else 4), down=Down(block_n=64))
+        return Plan(GateUp(split=8 if tokens == 1 else 4), Down(block_n=64), direct=True)
     rows = shape.rows(tokens)
     walk = 14 if shape.intermediate <= 256 and shape.hidden % (14 * 128) == 0 else 1
     if rows <= 12:
-        return Plan(16, down=Down(walk=walk))
-    own = tokens * shape.top_k * shape.experts / shape.total
-    chunks = min(14, math.ceil(own * shape.hidden * 2 / L2_BYTES))
-    walk = 4 if chunks > 1 and walk > 1 else walk
-    return Plan(32 if rows <= 24 else 64, down=Down(walk=walk), chunks=chunks)
+        return Plan(GateUp(16), Down(16, walk=walk))
+    if rows <= 24:
+        return Plan(GateUp(32), Down(32, walk=walk))
+    return Plan(GateUp(64, short=16, ordered=True), Down(32, walk=walk, stages=4))

@@ -35,11 +35,11 @@ from tests.serving.moe_reference import (
 )
 
 PLANS = {
-    "direct": Plan(16, direct=True, gate_up=GateUp(split=2), down=Down(block_n=64)),
-    "sorted": Plan(16, down=Down(walk=2)),
-    "split": Plan(32, gate_up=GateUp(split=2)),
-    "by descriptors": Plan(16, gate_up=GateUp(tma=True)),
-    "chunked": Plan(16, down=Down(walk=2), chunks=2),
+    "direct": Plan(GateUp(split=2), Down(block_n=64), direct=True),
+    "sorted": Plan(down=Down(walk=2)),
+    "split": Plan(GateUp(32, split=2), Down(32)),
+    "of two heights": Plan(GateUp(32), Down(16)),
+    "with short tiles": Plan(GateUp(32, short=16), Down(32)),
 }
 EXPERTS, HIDDEN, INTER, TOP_K = 4, 384, 256, 3
 TOLERANCE = 0.004
@@ -84,12 +84,15 @@ def given(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_every_plan_is_the_reference(weights: Tensors, plan: Plan) -> None:
-    tokens = 2 if plan.direct else 9
-    got = fused(weights)(*given(tokens), plan=plan)
-    assert relative_error(got, reference(weights, *given(tokens), "dynamic")) < TOLERANCE
+    tokens = 2 if plan.direct else 20
+    x_TH, experts_TK, weights_TK = given(tokens)
+    # Expert 0 fills tiles of either height, the others have short ones.
+    experts_TK = torch.tensor([[0, 1 + t % 3, t % 2 - 1] for t in range(tokens)])
+    got = fused(weights)(x_TH, experts_TK, weights_TK, plan=plan)
+    assert relative_error(got, reference(weights, x_TH, experts_TK, weights_TK, "dynamic")) < TOLERANCE
 
 
-@pytest.mark.parametrize("plan", [PLANS["direct"], PLANS["chunked"]], ids=["direct", "chunked"])
+@pytest.mark.parametrize("plan", [PLANS["direct"], PLANS["of two heights"]], ids=["direct", "of two heights"])
 def test_a_scale_is_in_the_weights(weights: Tensors, plan: Plan) -> None:
     x_TH, experts_TK, weights_TK = given(2)
     got = fused(weights, scale=2.5)(x_TH, experts_TK, weights_TK, plan=plan)
@@ -115,7 +118,7 @@ def test_a_token_whose_experts_are_all_elsewhere_is_zero(weights: Tensors, direc
     experts_TK[0] = torch.tensor([-1, EXPERTS, EXPERTS + 70])
     experts_TK[1, 1] = -1
     out_TH = torch.full_like(x_TH, float("nan"))
-    plan = PLANS["direct" if direct else "chunked"]
+    plan = PLANS["direct" if direct else "with short tiles"]
     fused(weights)(x_TH, experts_TK, weights_TK, out=out_TH, plan=plan)
     assert not out_TH[0].any()
     assert relative_error(out_TH, reference(weights, x_TH, experts_TK, weights_TK, "dynamic")) < TOLERANCE
@@ -154,14 +157,16 @@ def test_pairs_are_sorted_stably_and_tiles_cover_them(
     experts_TK = routing_of(tokens)
     x_TH, scale_T = torch.ones(tokens, 128, dtype=torch.bfloat16), torch.empty(tokens)
     q_TH = x_TH.to(torch.float8_e4m3fn)
-    routed = routing.quantize_and_sort(x_TH, None, scale_T, q_TH, experts_TK, 5, 16)
+    plan = Plan(GateUp(32), Down(16))
+    routed = routing.quantize_and_sort(x_TH, None, scale_T, q_TH, experts_TK, 5, plan)
     expert_P = experts_TK.flatten()
     want = [pair for expert in range(5) for pair in (expert_P == expert).nonzero().flatten().tolist()]
     assert routed.pair_P[: len(want)].tolist() == want
-    covered = []
-    for expert, start, end in zip(routed.tile_expert, routed.tile_start, routed.tile_end, strict=True):
-        if expert >= 0:
-            assert 0 < end - start <= 16
-            assert set(expert_P[routed.pair_P[start:end].long()].tolist()) == {int(expert)}
-            covered += range(start, end)
-    assert covered == list(range(len(want)))
+    for tiles, height in ((routed.gate_up, 32), (routed.down, 16)):
+        covered = []
+        for expert, start, end in zip(*tiles, strict=True):
+            if expert >= 0:
+                assert 0 < end - start <= height
+                assert set(expert_P[routed.pair_P[start:end].long()].tolist()) == {int(expert)}
+                covered += range(start, end)
+        assert covered == list(range(len(want)))

@@ -26,15 +26,15 @@ TOLERANCE = 0.006
 """Against the same FP8 activations: bf16 sums, and activations that fall to the next FP8 number."""
 
 PLANS = {
-    "direct": Plan(16, direct=True, gate_up=GateUp(split=8), down=Down(block_n=64)),
-    "16 rows, split": Plan(16, gate_up=GateUp(split=3, warps=4), down=Down(walk=14)),
-    "32 rows": Plan(32, down=Down(walk=7, warps=8)),
-    "64 rows, by descriptors": Plan(64, gate_up=GateUp(tma=True, ordered=True), down=Down(walk=4)),
-    "32 rows, few registers": Plan(32, gate_up=GateUp(ordered=True, registers=128), down=Down(walk=7, warps=8)),
-    "64 rows, chunked": Plan(64, down=Down(walk=4), chunks=14),
-    "64 rows, a smaller last chunk": Plan(64, down=Down(walk=4), chunks=5),
+    "direct": Plan(GateUp(split=8), Down(block_n=64), direct=True),
+    "16 rows, split": Plan(GateUp(16, split=3, warps=4), Down(16, walk=14)),
+    "32 rows": Plan(GateUp(32), Down(32, walk=7, warps=8)),
+    "32 rows, short tiles": Plan(GateUp(32, short=16, ordered=True), Down(32, walk=4)),
+    "64 rows, then 32": Plan(GateUp(64, ordered=True), Down(32, walk=14)),
+    "64 rows, short tiles": Plan(GateUp(64, short=16, ordered=True), Down(64, walk=4)),
+    "outputs beyond the last": Plan(GateUp(16), Down(16, walk=5)),
 }
-STATIC = ("direct", "64 rows, chunked")
+STATIC = ("direct", "64 rows, short tiles")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_every_plan_is_the_reference(weights: Tensors, layer: FusedExperts, plan
     assert relative_error(got, reference(weights, x_TH, experts_TK, weights_TK, "dynamic")) < TOLERANCE
 
 
-@pytest.mark.parametrize("plan", [PLANS["direct"], PLANS["64 rows, chunked"]], ids=["direct", "chunked"])
+@pytest.mark.parametrize("plan", [PLANS["direct"], PLANS["64 rows, then 32"]], ids=["direct", "64 rows, then 32"])
 def test_a_scale_is_in_the_weights(weights: Tensors, layer: FusedExperts, plan: Plan) -> None:
     x_TH, experts_TK, weights_TK = given(5)
     got = fused(weights, top_k=TOP_K, scale=2.5)(x_TH, experts_TK, weights_TK, plan=plan)
@@ -145,7 +145,7 @@ def test_a_shard_of_an_odd_number_of_groups() -> None:
     x_TH, (experts_TK, weights_TK) = random_tokens(33, 640, "cuda"), random_routing(33, 8, 3, "cuda")
     want = reference(weights, x_TH, experts_TK, weights_TK, "dynamic")
     layer = fused(weights, top_k=3)
-    for plan in (Plan(16, direct=True, gate_up=GateUp(split=2), down=Down(block_n=64)), Plan(32, chunks=2)):
+    for plan in (Plan(GateUp(split=2), Down(block_n=64), direct=True), Plan(GateUp(32), Down(16))):
         assert relative_error(layer(x_TH, experts_TK, weights_TK, plan=plan), want) < TOLERANCE
 
 

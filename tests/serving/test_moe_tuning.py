@@ -21,7 +21,7 @@ from lightship.serving.moe.tuning import (
 )
 
 SHAPE = SHAPES["tp8"]
-PLANS = [Plan(16, gate_up=GateUp(split=2)), Plan(64, gate_up=GateUp(tma=True), down=Down(walk=2), chunks=14)]
+PLANS = [Plan(GateUp(split=2)), Plan(GateUp(64, short=16), Down(32, walk=2))]
 
 
 @pytest.fixture
@@ -77,11 +77,10 @@ def test_a_file_that_is_no_table_is_named(tmp_path: Path) -> None:
         tuning.read_table(tmp_path / "x.json")
 
 
-def test_the_rule_keeps_what_lies_between_the_products_in_the_cache() -> None:
+def test_the_rules_tiles_are_about_as_high_as_an_expert_has_rows() -> None:
     assert tuning.rule(SHAPE, 1).direct
-    for tokens in (256, 1024, 4096):
-        plan = tuning.rule(SHAPE, tokens)
-        assert tokens * 8 * 7168 * 2 / plan.chunks <= 1.05 * tuning.L2_BYTES
+    heights = [tuning.rule(SHAPE, tokens).gate_up.block_m for tokens in (16, 256, 512, 1024)]
+    assert heights == [16, 16, 32, 64]
 
 
 def test_shapes_and_tokens_are_read_or_refused() -> None:
