@@ -45,12 +45,13 @@ def next_step(rule: RuleResult, place: Place) -> str:
     if rule.rule in ("accuracy_loss", "subject_loss", "kl", "kl_worst_scene", "top1_agreement"):
         return f"{QUANTIZE_BETTER}, then {place.again}"
     if rule.rule == "truncated":
-        return f"raise accuracy.max_tokens ({place.recipe.accuracy.max_tokens}) if the answers are sound, then {place.again}"
+        tokens = place.recipe.accuracy.max_tokens
+        return f"raise accuracy.max_tokens ({tokens}) if the answers are sound, then {place.again}"
     if rule.rule == "unparsed":
         return f"`lightship report {place.release_id} --home {place.home}`, and read the answers without a letter"
     if rule.rule == "starved_experts":
-        tokens = place.recipe.calibration.tokens_per_scene
-        return f"raise calibration.tokens_per_scene ({tokens}) or add scenes, then {place.again}"
+        share = place.recipe.calibration.tokens_per_scene
+        return f"raise calibration.tokens_per_scene ({share}) or add scenes, then {place.again}"
     if rule.rule in ("throughput_ratio", "ttft_ratio"):
         return (
             f"`lightship bench {place.checkpoint} --against {place.source} --recipe {place.recipe_path}` on a machine "

@@ -3,7 +3,7 @@
     python -c "from lightship.eval.boundaries import boundaries; print(boundaries((0.25, 0.5, 0.75, 1.0), 0.025))"
 
 After each stage the statistic is compared with a boundary. The error that may be spent until a fraction t of the
-questions is answered is Lan and DeMets' alpha*(t) = 2 - 2 Phi(z / sqrt(t)) with z = Phi^-1(1 - alpha / 2), which imitates
+questions is answered is Lan and DeMets' alpha*(t) = 2 - 2 Phi(z / sqrt(t)) with z = Phi^-1(1 - alpha / 2). It imitates
 O'Brien and Fleming: hardly any of it early, so that the last look is almost as sharp as a single one.
 
 Source: K. K. G. Lan and D. L. DeMets, Discrete sequential boundaries for clinical trials, Biometrika 70 (1983) 659-663.
@@ -30,7 +30,7 @@ def boundaries(fractions: tuple[float, ...], alpha: float) -> tuple[float, ...]:
         fractions: of the planned questions that are answered at each look, increasing, at most 1.
         alpha: probability, over all looks up to 1, that a statistic without drift reaches a boundary.
     """
-    assert all(0 < a < b <= 1 for a, b in zip((0.0, *fractions[:-1]), fractions, strict=True) if a) and fractions[0] > 0
+    assert all(a < b <= 1 for a, b in zip((0.0, *fractions[:-1]), fractions, strict=True)), fractions
     found: list[float] = []
     points, mass, before, spent = np.zeros(1), np.ones(1), 0.0, 0.0
     for fraction in fractions:

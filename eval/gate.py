@@ -3,7 +3,7 @@
     lightship decide RELEASE --policy recipes/demo.toml
 
 Pure: records and a policy in, verdict out. A rule that the policy does not set does not apply; that the checkpoint
-verifies always does. A loss is judged by its interval, so the gate can say that there is too little evidence either way.
+verifies always does. A loss is judged by its interval, so the gate can say that there is too little evidence.
 """
 
 from collections.abc import Iterator

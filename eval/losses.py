@@ -67,8 +67,8 @@ def _accuracy_loss(comparison: Comparison, limit: float, confidence: float, agai
     judged = judge_comparison(comparison, LossPolicy(limit, confidence))
     whose = "champion's" if against == "champion" else "source's"
     seen = (
-        f"The quantized model lost {judged.lost} and gained {judged.gained} of {judged.answered:,} questions against the "
-        f"{whose} answers"
+        f"The quantized model lost {judged.lost} and gained {judged.gained} of {judged.answered:,} questions against "
+        f"the {whose} answers"
     )
     sure = f"with {_percent(confidence)} confidence"
     if judged.decision == "pass":
@@ -146,11 +146,10 @@ def _subject_loss(comparison: Comparison, limit: float, confidence: float, again
     worst, (low, high) = max(tested, key=lambda pair: (pair[0] in worse, pair[1][0], pair[0].loss))
     decision: Decision = "fail" if worse else "pass"
     counts = f"{worst.lost} lost and {worst.gained} gained of {worst.questions:,}"
-    if worse:
-        named = ", ".join(s.subject for s in worse)
-        reason = f"Shown to lose more than the limit: {named}; the worst is {worst.subject}, {counts}"
-    else:
-        reason = f"Of {len(tested)} subjects none is shown to lose more than the limit; the worst is {worst.subject}, {counts}"
+    named = f": {', '.join(s.subject for s in worse)}" if worse else ", none"
+    reason = (
+        f"Of {len(tested)} subjects shown to lose more than the limit{named}; the worst is {worst.subject}, {counts}"
+    )
     return RuleResult(
         rule="subject_loss",
         decision=decision,

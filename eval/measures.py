@@ -163,7 +163,7 @@ MEASURES = (
     ),
     Measure(
         "kl_worst_scene", True, _worst_scene, lambda _: 0.0, _nats,
-        lambda e, value: f"They differ most on the scene {max(e.fidelity.scenes, key=lambda s: s.kl).scene}, by {value}",
+        lambda e, value: f"They differ most on {max(e.fidelity.scenes, key=lambda s: s.kl).scene}, by {value} a token",
         conditions=_texts,
     ),
     Measure(

@@ -231,16 +231,16 @@ def _subjects(comparison: Comparison) -> str:
     rows = "".join(
         f'<tr><td>{escape(s.subject)}</td><td class="num">{s.questions:,}</td><td class="num">{s.lost}</td>'
         f'<td class="num">{s.gained}</td><td class="num">{_points(s.loss)}<small>{_points(s.loss_low)} to '
-        f'{_points(s.loss_high)}</small></td><td class="num">{s.p_value:.2g}</td><td class="num">{s.p_adjusted:.2g}</td>'
-        "</tr>"
+        f'{_points(s.loss_high)}</small></td><td class="num">{s.p_value:.2g}</td>'
+        f'<td class="num">{s.p_adjusted:.2g}</td></tr>'
         for s in comparison.subjects
     )
     heads = ("Questions", "Lost", "Gained", "Loss, points", "p", "p, Holm")
     head = f"<tr><th>Subject</th>{''.join(f'<th class=num>{h}</th>' for h in heads)}</tr>"
     return (
         f'<h3>Loss by subject, paired</h3><div class="scroll"><table>{head}{rows}</table></div><p class="note">The '
-        "intervals of all subjects hold together at 95 %. p is of the exact one-sided McNemar test that the subject is not "
-        "worse; adjusted by Holm for their number, 0.05 or less says that it is.</p>"
+        "intervals of all subjects hold together at 95 %. p is of the exact one-sided McNemar test that the subject is "
+        "not worse; adjusted by Holm for their number, 0.05 or less says that it is.</p>"
     )
 
 

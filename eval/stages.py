@@ -98,5 +98,5 @@ def stage_order(questions: Sequence[Q], seed: int) -> list[Q]:
 
 def stage_ends(questions: int, stages: Sequence[float]) -> list[int]:
     """How many questions are answered at the end of each stage; stages that would add none are left out."""
-    assert stages and stages[-1] == 1 and list(stages) == sorted(stages)
+    assert stages[-1] == 1, stages
     return sorted({max(1, round(questions * fraction)) for fraction in stages})

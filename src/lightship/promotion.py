@@ -3,8 +3,8 @@
     lightship promote RELEASE
     lightship promote RELEASE --override --by NAME --reason TEXT
 
-A person may set the gate's verdict aside, with name and reason; that the files are those that were evaluated is asked of
-every promotion.
+A person may set the gate's verdict aside, with name and reason. That the files are those that were evaluated is asked
+of every promotion.
 """
 
 from dataclasses import dataclass
