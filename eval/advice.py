@@ -64,7 +64,9 @@ def next_step(rule: RuleResult, place: Place) -> str:
 def _more_questions(rule: RuleResult, place: Place) -> str:
     limit = place.recipe.accuracy.limit
     if rule.more_questions is None:
-        return "the loss is about as large as the limit: quantize better, or choose a limit that you can defend"
+        return (
+            "the loss seen is the limit itself: quantize better, or raise accuracy.limit to see on which side it lies"
+        )
     more = rounded_up(rule.more_questions)
     if limit is None:
         return f"all questions were asked: add about {more:,} to accuracy.questions, then {place.again}"

@@ -65,11 +65,8 @@ def compare_with_champion(champion: Evidence, challenger: Evidence) -> Compariso
 
 def _accuracy_loss(comparison: Comparison, limit: float, confidence: float, against: Against) -> RuleResult:
     judged = judge_comparison(comparison, LossPolicy(limit, confidence))
-    whose = "champion's" if against == "champion" else "source's"
-    seen = (
-        f"The quantized model lost {judged.lost} and gained {judged.gained} of {judged.answered:,} questions against "
-        f"the {whose} answers"
-    )
+    whom = " against the champion" if against == "champion" else ""
+    seen = f"The quantized model lost {judged.lost} and gained {judged.gained} of {judged.answered:,} questions{whom}"
     sure = f"with {_percent(confidence)} confidence"
     if judged.decision == "pass":
         reason = f"{sure} it loses at most {points(judged.high)}"
@@ -146,10 +143,11 @@ def _subject_loss(comparison: Comparison, limit: float, confidence: float, again
     worst, (low, high) = max(tested, key=lambda pair: (pair[0] in worse, pair[1][0], pair[0].loss))
     decision: Decision = "fail" if worse else "pass"
     counts = f"{worst.lost} lost and {worst.gained} gained of {worst.questions:,}"
-    named = f": {', '.join(s.subject for s in worse)}" if worse else ", none"
-    reason = (
-        f"Of {len(tested)} subjects shown to lose more than the limit{named}; the worst is {worst.subject}, {counts}"
-    )
+    if worse:
+        reason = f"Shown to lose more than the limit: {', '.join(subject.subject for subject in worse)}"
+    else:
+        reason = f"None of {len(tested)} subjects is shown to lose more than the limit"
+    reason += f"; the worst is {worst.subject}, {counts}"
     return RuleResult(
         rule="subject_loss",
         decision=decision,

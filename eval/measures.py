@@ -63,15 +63,15 @@ class Measure:
         value = self.value(evidence)
         bound = "at most" if self.small_is_good else "at least"
         shown = self.show(limit)
+        side = "above" if self.small_is_good else "below"
         if against == "champion" and champion is None:
-            return no_champion(self.rule, self.show(value), f"{bound} {shown} from the champion's")
+            return no_champion(self.rule, self.show(value), f"at most {shown} {side} the champion's")
         other = 0.0
         if against != "limit":
             of = champion if against == "champion" else evidence
             assert of is not None
             other = (self.value if against == "champion" else self.at_source)(of)
-            sign = "above" if self.small_is_good else "below"
-            shown = f"{shown} {sign} the {against}'s {self.show(other)}"
+            bound, shown = "at most", f"{shown} {side} the {against}'s {self.show(other)}"
         edge = other + limit if self.small_is_good or against == "limit" else other - limit
         decision: Decision = "pass" if (value <= edge if self.small_is_good else value >= edge) else "fail"
         sentence = self.means(evidence, self.show(value))
@@ -81,10 +81,8 @@ class Measure:
             decision = "inconclusive"
             sentence += f"; the champion {champion.release_id} was not measured in the same way, release it again"
         elif against != "limit":
-            whose = (
-                f"the champion {champion.release_id} has" if against == "champion" and champion else "the source has"
-            )
-            sentence += f"; {whose} {self.show(other)}"
+            whose = f"champion {champion.release_id}" if against == "champion" and champion else "source"
+            sentence += f"; the {whose} has {self.show(other)}"
         return RuleResult(
             rule=self.rule,
             decision=decision,

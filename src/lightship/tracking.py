@@ -140,14 +140,19 @@ class Tracker:
     def promote(self, model: str, version: str, override: Override | None = None) -> Promoted:
         """Give `champion` to a version; returns it with the version that was champion before.
 
-        With `override`, version and run are tagged with who set the gate aside, and why.
+        With `override`, version and run are tagged with who set the gate aside, and why; without, they lose such tags.
         """
         previous = self.champion(model)
         self.client.set_registered_model_alias(model, CHAMPION, version)
         chosen = self.client.get_model_version(model, version)
+        run_tags = self.client.get_run(chosen.run_id).data.tags
         for name, value in _override_tags(override).items():
-            self.client.set_model_version_tag(model, version, name, value)
-            self.client.set_tag(chosen.run_id, name, value)
+            if value is not None:
+                self.client.set_model_version_tag(model, version, name, value)
+                self.client.set_tag(chosen.run_id, name, value)
+            elif name in run_tags:
+                self.client.delete_model_version_tag(model, version, name)
+                self.client.delete_tag(chosen.run_id, name)
         return Promoted(
             model=model,
             version=version,
@@ -248,14 +253,14 @@ class ReleaseRun:
         self.tracker.client.set_terminated(self.run_id, "FAILED" if kind else "FINISHED")
 
 
-def _override_tags(override: Override | None) -> dict[str, str]:
-    if override is None:
-        return {}
+def _override_tags(override: Override | None) -> dict[str, str | None]:
+    """Tag -> its value; None: it must not be there."""
+    rules = f"{override.verdict}: {', '.join(override.rules)}" if override else None
     return {
-        "lightship.override_by": override.by,
-        "lightship.override_reason": override.reason,
-        "lightship.override_verdict": f"{override.verdict}: {', '.join(override.rules)}",
-        "lightship.override_at": override.at,
+        "lightship.override_by": override.by if override else None,
+        "lightship.override_reason": override.reason if override else None,
+        "lightship.override_verdict": rules,
+        "lightship.override_at": override.at if override else None,
     }
 
 
