@@ -104,6 +104,40 @@ def test_a_loss_at_the_limit_passes_and_fails_no_more_often_than_stated(
     assert false_fail <= 0.025 + NOISE
 
 
+@pytest.mark.parametrize("limit", [0.01, 0.05])
+@pytest.mark.parametrize("planned", [100, 400, 1000])
+@pytest.mark.parametrize("stages", [STAGES, (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)], ids=["four", "six"])
+def test_both_errors_over_all_looks_stay_below_their_level_by_exact_computation(
+    stages: tuple[float, ...], planned: int, limit: float
+) -> None:
+    for p_gained in (1e-9, 0.003, 0.02):
+        false_pass, false_fail = exact_rates(limit, p_gained, stage_ends(planned, stages))
+        assert false_pass <= 0.025
+        assert false_fail <= 0.025
+
+
+def exact_rates(limit: float, p_gained: float, ends: list[int]) -> tuple[float, float]:
+    """The probabilities of `pass` and of `fail` where the loss is exactly the limit, from look to look."""
+    from scipy.signal import fftconvolve
+    from scipy.stats import multinomial
+
+    p_lost = p_gained + limit
+    most = [int(min(ends[-1], ends[-1] * p + 8 * (ends[-1] * p) ** 0.5 + 12)) + 1 for p in (p_lost, p_gained)]
+    lost, gained = np.meshgrid(np.arange(most[0]), np.arange(most[1]), indexing="ij")
+    undecided = np.zeros(most)
+    undecided[0, 0] = 1
+    passed = failed = 0.0
+    for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False), start=1):
+        counts = np.stack([lost, gained, np.maximum(end - start - lost - gained, 0)], axis=-1)
+        step = multinomial.pmf(counts, end - start, [p_lost, p_gained, 1 - p_lost - p_gained])
+        undecided = np.maximum(fftconvolve(undecided, step)[: most[0], : most[1]], 0)
+        statistic, z = score(limit, lost, gained, end, ONE_QUESTION), deviation_at(ends[:number], ends[-1], 0.95)
+        passed += float(undecided[statistic <= -z].sum())
+        failed += float(undecided[statistic >= z].sum())
+        undecided[np.abs(statistic) >= z] = 0
+    return passed, failed
+
+
 def test_looking_as_if_each_look_were_the_only_one_would_be_wrong_too_often() -> None:
     rng = np.random.default_rng(3)
     drawn = rng.multinomial(500, [0.06, 0.04, 0.9], (4000, 4)).cumsum(axis=1)
