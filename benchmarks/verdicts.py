@@ -1,8 +1,9 @@
 """How often the accuracy rule is wrong: simulated releases, judged at once and in stages.
 
 Source and quantized model answer MMLU-Pro's questions, all 12,032 or 1,000 of them, in the shares of its 14 subjects.
-Their answers are correlated: so many are lost and so many gained, and the subjects differ in that. A release whose loss is the limit must pass, and must fail, no more often than stated. Writes
-benchmarks/verdicts.json and benchmarks/verdicts.md.
+Their answers are correlated: so many are lost and so many gained, and the subjects differ in that. A release whose
+loss is the limit must pass, and must fail, no more often than stated. Writes benchmarks/verdicts.json and
+benchmarks/verdicts.md.
 
     python benchmarks/verdicts.py
 """
@@ -174,27 +175,22 @@ def markdown(result: dict[str, Any]) -> str:
     head = ["scenario", "limit", "planned", "source right", "differ", "mode", "pass", "fail", "inconclusive", "asked"]
     lines = []
     for r in result["rows"]:
-        what = [
-            r["scenario"],
-            f"{r['limit']:.0%}",
-            f"{r['planned']:,}",
-            f"{r['accuracy']:.0%}",
-            f"{r['discordance']:.0%}",
-        ]
+        what = [r["scenario"], f"{r['limit']:.0%}", f"{r['planned']:,}"]
+        models = [f"{r[name]:.0%}" for name in ("accuracy", "discordance")]
         rates = [f"{r[name]:.2%}" for name in ("passed", "failed", "inconclusive")]
-        lines.append([*what, r["mode"], *rates, f"{r['questions']:,.0f}"])
+        lines.append([*what, *models, r["mode"], *rates, f"{r['questions']:,.0f}"])
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
     noise = math.sqrt(LEVEL * (1 - LEVEL) / AT_THE_LIMIT)
     return (
         "# Verdicts of the accuracy rule on simulated releases\n\n"
         f"`{result['command']}`, {result['date']}, {result['machine']}, {result['seconds']:.0f} s.\n\n"
         f"{RELEASES:,} releases a row, {AT_THE_LIMIT:,} where the loss is the limit. At a confidence of "
-        f"{CONFIDENCE:.0%} either wrong verdict\nmay have a probability of {LEVEL:.1%}; the simulation's own standard error "
-        f"there is {noise:.2%}. A wrong verdict is `pass` where\nthe loss is the limit or more, and `fail` where it is the "
-        "limit or less.\n\n"
+        f"{CONFIDENCE:.0%} either wrong verdict\nmay have a probability of {LEVEL:.1%}; the simulation's own standard "
+        f"error there is {noise:.2%}. A wrong verdict is `pass` where\nthe loss is the limit or more, and `fail` where "
+        "it is the limit or less.\n\n"
         f"**Largest false-pass rate {result['largest_false_pass']:.2%}, largest false-fail rate "
         f"{result['largest_false_fail']:.2%}.**\n\n"
-        "Questions are MMLU-Pro's subjects in their shares; the subjects' rates of difference run from half to one and a\n"
+        "Questions are MMLU-Pro's subjects in their shares; subjects' rates of difference run from half to one and a\n"
         "half times the whole's. Stages are equal parts. A loss cannot be larger than the share on which the models\n"
         f"differ, so some combinations do not exist.\n\n{table}\n"
     )
