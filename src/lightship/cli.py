@@ -541,8 +541,27 @@ def _compare(arguments: argparse.Namespace) -> int:
     from lightship.tables import runs_tables, show
     from lightship.tracking import Tracker
 
-    for release_id in arguments.releases:
-        find_release(arguments.home, release_id)
+    found = [find_release(arguments.home, release_id).release_id for release_id in arguments.releases]
     for table in runs_tables(Tracker.connect(arguments.home).runs(arguments.releases)):
         show(table)
+    directories = [arguments.home / "releases" / release_id for release_id in found]
+    if len(found) == 2 and all((directory / "comparison.json").is_file() for directory in directories):
+        _compare_answers(*directories)
     return 0
+
+
+def _compare_answers(first: Path, second: Path) -> None:
+    """What the second of two releases lost of the first's answers, in pairs."""
+    from lightship import summary
+    from lightship.errors import EvaluationError
+    from lightship.eval.evidence import read_measured
+    from lightship.eval.losses import compare_with_champion
+    from lightship.tables import show, subjects_table
+
+    try:
+        comparison = compare_with_champion(read_measured(first), read_measured(second))
+    except EvaluationError as error:
+        print(f"\nanswers cannot be paired: {error}")
+        return
+    print(f"\nanswers of {first.name} and {second.name}, in pairs: {summary.sentence(comparison)}\n")
+    show(subjects_table(comparison))
