@@ -38,6 +38,8 @@ class Evidence:
     throughput: Throughput
 
 
+ROUNDING = 1e-9
+"""0.005 + 0.01 may come out below 0.015, and a value that is the limit meets it."""
 Number = Callable[[Evidence], float]
 
 
@@ -73,7 +75,8 @@ class Measure:
             other = (self.value if against == "champion" else self.at_source)(of)
             bound, shown = "at most", f"{shown} {side} the {against}'s {self.show(other)}"
         edge = other + limit if self.small_is_good or against == "limit" else other - limit
-        decision: Decision = "pass" if (value <= edge if self.small_is_good else value >= edge) else "fail"
+        worse = value - edge if self.small_is_good else edge - value
+        decision: Decision = "pass" if worse <= ROUNDING * abs(edge) else "fail"
         sentence = self.means(evidence, self.show(value))
         if why := self.unusable(evidence):
             decision, sentence = "fail", why

@@ -1,5 +1,6 @@
 """The gate says pass, fail or inconclusive, with a reason, and never contradicts itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -33,8 +34,12 @@ def paired(lost: int, gained: int, n: int, **staged: Any) -> Comparison:
     )  # fmt: skip
 
 
+GOOD = evidence(comparison=paired(3, 3, 1000))
+"""Made once, since hypothesis asks hundreds of times."""
+
+
 def judge(gate: Gate, champion: Evidence | None = None, **changed: Any) -> Verdict:
-    return decide(gate, evidence(**{"comparison": paired(3, 3, 1000)} | changed), champion)
+    return decide(gate, replace(GOOD, **changed), champion)
 
 
 def rule(name: str, gate: Gate, champion: Evidence | None = None, **changed: Any) -> RuleResult:
@@ -181,6 +186,19 @@ def test_one_rule_may_be_absolute_and_relative_to_source_and_champion() -> None:
     assert verdict.rules[2].limit == "at most 1.0 % above the source's 0.0 %"
     assert "the champion c0ffee has 0.0 %" in verdict.rules[3].explanation
     assert verdict.champion == "c0ffee"
+
+
+def test_a_value_that_is_the_limit_meets_it() -> None:
+    whole = accuracy([True] * 1000)
+
+    def unread(count: int) -> Any:
+        some = [msgspec.structs.replace(a, predicted=None if i < count else "B") for i, a in enumerate(whole.answers)]
+        return msgspec.structs.replace(whole, answers=some)
+
+    gate = Gate(unparsed=AtMost(over_source=0.2))
+    assert 0.1 + 0.2 != 0.3
+    for count, decision in ((300, "pass"), (301, "fail")):
+        assert rule("unparsed", gate, source=unread(100), quantized=unread(count)).decision == decision
 
 
 def test_without_a_champion_its_rules_pass_and_say_so() -> None:
