@@ -10,7 +10,7 @@ from lightship.errors import LightshipError
 from lightship.eval.advice import Place, next_step
 from lightship.eval.measures import Evidence
 from lightship.eval.questions import Question, read_questions
-from lightship.eval.receipt import Receipt, make_receipt
+from lightship.eval.receipt import Receipt, make_receipt, write_receipt
 from lightship.eval.report import ReportData
 from lightship.files import read_json
 from lightship.records import (
@@ -128,6 +128,12 @@ def read_receipt(directory: Path, verdict: Verdict) -> Receipt | None:
         measured.quantized,
         _questions(release),
     )
+
+
+def leave_receipt(directory: Path, verdict: Verdict) -> list[Path]:
+    """Write why the release in `directory` did not pass; returns the files, none if it did."""
+    receipt = read_receipt(directory, verdict)
+    return write_receipt(directory, receipt) if receipt else []
 
 
 def place_of(directory: Path, release: ReleaseFile) -> Place:

@@ -123,6 +123,7 @@ def report_calibration(work: Release) -> Calibration:
 
 @task(cache_policy=NO_CACHE)
 def verify_checkpoint(work: Release) -> Verification:
+    from lightship.eval.evidence import leave_receipt
     from lightship.eval.gate import verification_rule
     from lightship.quant.verify import verify
 
@@ -130,7 +131,8 @@ def verify_checkpoint(work: Release) -> Verification:
         verification = verify(work.checkpoint_dir, work.source.path)
         if not verification.passed:
             # Nothing is asked of a checkpoint that cannot be served, so its verdict comes here.
-            (why_not, _) = write_receipt(work, Verdict(decision="fail", rules=[verification_rule(verification)]))
+            verdict = Verdict(decision="fail", rules=[verification_rule(verification)])
+            why_not, _ = leave_receipt(work.directory, verdict)
             raise LightshipError(
                 f"the checkpoint is not servable: {summary.sentence(verification)}; see {why_not}; "
                 f"remove {work.directory} to make it again"
@@ -224,8 +226,6 @@ def write_report(work: Release) -> Path:
 
 @task(cache_policy=NO_CACHE)
 def write_receipt(work: Release, verdict: Verdict) -> list[Path]:
-    from lightship.eval import receipt
-    from lightship.eval.evidence import read_receipt
+    from lightship.eval.evidence import leave_receipt
 
-    why_not = read_receipt(work.directory, verdict)
-    return receipt.write_receipt(work.directory, why_not) if why_not else []
+    return leave_receipt(work.directory, verdict)

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from lightship.errors import LightshipError
 from lightship.eval.evidence import read_measured, read_receipt
 from lightship.eval.gate import decide
 from lightship.eval.questions import Question, read_questions
@@ -14,7 +16,7 @@ from lightship.recipe import load_recipe
 from lightship.records import AnsweredQuestion, Verdict
 from lightship.release import Identity, ReleaseFile
 from tests.commands import lightship, refusal
-from tests.eval.release import accuracy, evidence
+from tests.eval.release import accuracy, evidence, verification
 
 ROOT = Path(__file__).parents[2]
 RELEASE = "5f2c9e1b7ad3"
@@ -102,3 +104,25 @@ def test_the_receipt_shows_the_questions_as_they_were_asked(directory: Path) -> 
 )
 def test_an_override_is_signed_or_refused(directory: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
     assert said in refusal("promote", directory.name, "--home", tmp_path, *arguments)
+
+
+def test_a_checkpoint_that_cannot_be_served_gets_a_receipt_before_any_question_is_asked(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightship.flows.release import verify_checkpoint
+
+    for record in ("accuracy", "source-accuracy", "comparison", "fidelity", "throughput"):
+        (directory / f"{record}.json").unlink()
+    monkeypatch.setattr("lightship.quant.verify.verify", lambda *_: verification(passed=False))
+    work = SimpleNamespace(
+        directory=directory,
+        checkpoint_dir=directory / "checkpoint",
+        source=SimpleNamespace(path=Path("demo/checkpoint")),
+        stage=lambda _name, _kind, run: run(),
+    )
+    with pytest.raises(LightshipError, match=r"not servable: every scale is finite.*; see .*/why-not.md"):
+        verify_checkpoint.fn(work)
+    page = (directory / "why-not.md").read_text()
+    assert "## verification: fail" in page
+    assert "`lightship verify" in page
+    assert not (directory / "verdict.json").is_file()
