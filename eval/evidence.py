@@ -6,7 +6,7 @@ lightship report RELEASE
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightship.errors import LightshipError
+from lightship.errors import EvaluationError, LightshipError
 from lightship.eval.advice import Place, next_step
 from lightship.eval.measures import Evidence
 from lightship.eval.questions import Question, read_questions
@@ -126,7 +126,7 @@ def read_receipt(directory: Path, verdict: Verdict) -> Receipt | None:
         measured.comparison,
         measured.source,
         measured.quantized,
-        _questions(release),
+        _questions_if_there(release),
     )
 
 
@@ -146,6 +146,14 @@ def place_of(directory: Path, release: ReleaseFile) -> Place:
         checkpoint=str(directory / "checkpoint"),
         home=str(directory.parent.parent),
     )
+
+
+def _questions_if_there(release: ReleaseFile) -> Mapping[str, Question]:
+    """A receipt is worth having without them."""
+    try:
+        return _questions(release)
+    except EvaluationError:
+        return {}
 
 
 def _questions(release: ReleaseFile) -> Mapping[str, Question]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lightship.eval.losses import loss_rules
 from lightship.eval.measures import MEASURES, Evidence
-from lightship.recipe import Gate, GpuFit
+from lightship.policy import Gate, GpuFit
 from lightship.records import Decision, Plan, RuleResult, Verdict, Verification
 
 

@@ -10,7 +10,7 @@ from lightship.eval.comparison import compare
 from lightship.eval.interval import ONE_QUESTION, deviations, loss_interval
 from lightship.eval.measures import Evidence, no_champion
 from lightship.eval.sequential import Judged, LossPolicy, deviation_at, judge_comparison
-from lightship.recipe import Gate
+from lightship.policy import Gate
 from lightship.records import Accuracy, Against, Comparison, Decision, RuleResult
 
 

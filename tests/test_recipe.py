@@ -7,7 +7,9 @@ import msgspec
 import pytest
 
 from lightship.errors import RecipeError
-from lightship.recipe import Recipe, Section, load_policy, load_recipe
+from lightship.policy import load_policy
+from lightship.recipe import Recipe, load_recipe
+from lightship.section import Section
 
 ROOT = Path(__file__).parents[1]
 MINIMAL = """

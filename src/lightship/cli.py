@@ -485,7 +485,7 @@ def _decide(arguments: argparse.Namespace) -> int:
     from lightship.eval.gate import decide
     from lightship.eval.receipt import terminal
     from lightship.files import write_json
-    from lightship.recipe import load_policy
+    from lightship.policy import load_policy
     from lightship.release import find_release
     from lightship.tables import rules_table, show
     from lightship.tracking import Tracker

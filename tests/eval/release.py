@@ -8,7 +8,7 @@ from lightship.eval.gate import decide
 from lightship.eval.measures import Evidence
 from lightship.eval.questions import Question
 from lightship.eval.report import ReportData
-from lightship.recipe import Gate
+from lightship.policy import Gate
 from lightship.records import (
     Accuracy,
     AnsweredQuestion,

@@ -12,7 +12,7 @@ from lightship.eval.comparison import mcnemar_p_value
 from lightship.eval.gate import decide
 from lightship.eval.interval import loss_interval
 from lightship.eval.measures import Evidence
-from lightship.recipe import AtLeast, AtMost, Gate, GpuFit
+from lightship.policy import AtLeast, AtMost, Gate, GpuFit
 from lightship.records import AnsweredQuestion, Comparison, RuleResult, Verdict
 from tests.eval.release import GATE, accuracy, calibration, evidence, fidelity, plan, throughput, verification
 

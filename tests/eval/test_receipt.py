@@ -13,7 +13,8 @@ from lightship.eval.questions import Question
 from lightship.eval.receipt import Receipt, make_receipt, markdown, terminal, write_receipt
 from lightship.eval.report import RULES
 from lightship.files import read_json
-from lightship.recipe import AtMost, Gate, load_recipe
+from lightship.policy import AtMost, Gate
+from lightship.recipe import load_recipe
 from lightship.records import RuleResult
 from tests.eval.release import GATE, accuracy, evidence, fidelity
 
