@@ -1,11 +1,16 @@
-"""All that a finished release's directory says about it, gathered for its report.
+"""All that a finished release's directory says about it, gathered for its gate, its receipt and its report.
 
 lightship report RELEASE
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from lightship.eval.questions import read_questions
+from lightship.errors import EvaluationError, LightshipError
+from lightship.eval.advice import Place, next_step
+from lightship.eval.measures import Evidence
+from lightship.eval.questions import Question, read_questions
+from lightship.eval.receipt import Receipt, make_receipt, write_receipt
 from lightship.eval.report import ReportData
 from lightship.files import read_json
 from lightship.records import (
@@ -40,7 +45,6 @@ def read_evidence(directory: Path) -> ReportData:
     ]
     if verdict.decision == "pass" and not (directory / "promoted.json").is_file():
         next_commands.append(f"lightship promote {release.release_id} --home {directory.parent.parent}")
-    questions = read_questions(Path(release.recipe.accuracy.questions)).test
     return ReportData(
         release_id=release.release_id,
         model=release.recipe.model,
@@ -60,5 +64,98 @@ def read_evidence(directory: Path) -> ReportData:
         verdict=verdict,
         versions=release.versions,
         next_commands=next_commands,
-        questions={str(q.question_id): q for q in questions},
+        questions=_questions(release),
+        receipt=read_receipt(directory, verdict),
     )
+
+
+def read_measured(directory: Path) -> Evidence:
+    """What a gate reads of the release in `directory`.
+
+    Raises:
+        LightshipError: a stage is not finished; names its record.
+    """
+    return Evidence(
+        release_id=directory.name,
+        plan=read_json(directory / "plan.json", Plan),
+        calibration=read_json(directory / "calibration.json", Calibration),
+        verification=read_json(directory / "verification.json", Verification),
+        source=read_json(directory / "source-accuracy.json", Accuracy),
+        quantized=read_json(directory / "accuracy.json", Accuracy),
+        comparison=read_json(directory / "comparison.json", Comparison),
+        fidelity=read_json(directory / "fidelity.json", Fidelity),
+        throughput=read_json(directory / "throughput.json", Throughput),
+    )
+
+
+def read_champion(home: Path, champion: str | None, challenger: str) -> Evidence | None:
+    """What a gate reads of the champion; None if there is none, or if it is the challenger itself.
+
+    Raises:
+        LightshipError: its records are not in `home`.
+    """
+    if champion is None or champion == challenger:
+        return None
+    directory = home / "releases" / champion
+    if not directory.is_dir():
+        raise LightshipError(
+            f"the gate compares with the champion {champion}, whose records are not in {home}; copy its directory "
+            "there, or give --home where it was released"
+        )
+    return read_measured(directory)
+
+
+def read_receipt(directory: Path, verdict: Verdict) -> Receipt | None:
+    """Why the release in `directory` did not pass; None if it did. The verdict need not be the one that is stored.
+
+    Raises:
+        LightshipError: the release is not finished; names the record that is missing.
+    """
+    if verdict.decision == "pass":
+        return None
+    release = read_json(directory / "release.json", ReleaseFile)
+    place = place_of(directory, release)
+    steps = {rule.rule: next_step(rule, place) for rule in verdict.rules if rule.decision != "pass"}
+    if not (directory / "comparison.json").is_file():
+        return make_receipt(release.release_id, verdict, steps)
+    measured = read_measured(directory)
+    return make_receipt(
+        release.release_id,
+        verdict,
+        steps,
+        measured.comparison,
+        measured.source,
+        measured.quantized,
+        _questions_if_there(release),
+    )
+
+
+def leave_receipt(directory: Path, verdict: Verdict) -> list[Path]:
+    """Write why the release in `directory` did not pass; returns the files, none if it did."""
+    receipt = read_receipt(directory, verdict)
+    return write_receipt(directory, receipt) if receipt else []
+
+
+def place_of(directory: Path, release: ReleaseFile) -> Place:
+    """Where the release lies."""
+    return Place(
+        release_id=release.release_id,
+        source=release.source,
+        recipe_path=release.recipe_path,
+        recipe=release.recipe,
+        checkpoint=str(directory / "checkpoint"),
+        home=str(directory.parent.parent),
+    )
+
+
+def _questions_if_there(release: ReleaseFile) -> Mapping[str, Question]:
+    """A receipt is worth having without them."""
+    try:
+        return _questions(release)
+    except EvaluationError:
+        return {}
+
+
+def _questions(release: ReleaseFile) -> Mapping[str, Question]:
+    questions = read_questions(Path(release.recipe.accuracy.questions)).test
+    return {str(q.question_id): q for q in questions}

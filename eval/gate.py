@@ -1,49 +1,37 @@
 """The gate: whether a release may be promoted, rule by rule, each with its reason in plain words.
 
-    lightship release demo/checkpoint --recipe recipes/demo.toml --no-promote
+    lightship decide RELEASE --policy recipes/demo.toml
 
-Pure: records in, verdict out. A rule that the recipe does not set does not apply; that the checkpoint verifies always
-does. An accuracy loss is judged by its 95 % interval, so the gate can say that there is too little evidence either way.
+Pure: records and a policy in, verdict out. A rule that the policy does not set does not apply; that the checkpoint
+verifies always does. A loss is judged by its interval, so the gate can say that there is too little evidence.
 """
 
 from collections.abc import Iterator
 
-from lightship.eval.comparison import questions_needed
-from lightship.recipe import Gate
-from lightship.records import (
-    Accuracy,
-    Comparison,
-    Decision,
-    Fidelity,
-    Plan,
-    RuleResult,
-    Throughput,
-    Verdict,
-    Verification,
-)
+from lightship.eval.losses import loss_rules
+from lightship.eval.measures import MEASURES, Evidence
+from lightship.policy import Gate, GpuFit
+from lightship.records import Decision, Plan, RuleResult, Verdict, Verification
 
 
-def decide(
-    gate: Gate,
-    *,
-    plan: Plan,
-    verification: Verification,
-    comparison: Comparison,
-    quantized: Accuracy,
-    fidelity: Fidelity,
-    throughput: Throughput,
-) -> Verdict:
-    """Apply every rule: fail if one fails, else inconclusive if one is, else pass."""
-    rules = [_verification(verification)]
-    if gate.accuracy_loss is not None:
-        rules.append(_accuracy_loss(comparison, gate.accuracy_loss))
-    rules += _measures(gate, plan, quantized, fidelity, throughput)
-    decisions = {r.decision for r in rules}
+def decide(gate: Gate, evidence: Evidence, champion: Evidence | None = None) -> Verdict:
+    """Apply every rule: fail if one fails, else inconclusive if one is, else pass.
+
+    Args:
+        champion: the release that would be replaced; without it the rules that compare with it are met.
+    """
+    rules = [verification_rule(evidence.verification), *loss_rules(gate, evidence, champion)]
+    rules += _measured(gate, evidence, champion)
+    if gate.fit is not None:
+        rules.append(_fit(gate.fit, evidence.plan))
+    decisions = {rule.decision for rule in rules}
     overall: Decision = "fail" if "fail" in decisions else "inconclusive" if "inconclusive" in decisions else "pass"
-    return Verdict(decision=overall, rules=rules)
+    compared = champion.release_id if champion and gate.by_champion else None
+    return Verdict(decision=overall, rules=rules, champion=compared)
 
 
-def _verification(verification: Verification) -> RuleResult:
+def verification_rule(verification: Verification) -> RuleResult:
+    """The rule that always applies: every check passed."""
     failed = [check for check in verification.checks if not check.passed]
     return RuleResult(
         rule="verification",
@@ -54,109 +42,32 @@ def _verification(verification: Verification) -> RuleResult:
     )
 
 
-def _accuracy_loss(comparison: Comparison, limit: float) -> RuleResult:
-    seen = (
-        f"The quantized model lost {len(comparison.lost)} and gained {len(comparison.gained)} "
-        f"of {comparison.questions} questions"
-    )
-    decision: Decision
-    if comparison.loss_high <= limit:
-        decision = "pass"
-        reason = f"with 95 % confidence it loses at most {_points(comparison.loss_high)}"
-    elif comparison.loss_low > limit:
-        decision = "fail"
-        reason = f"with 95 % confidence it loses at least {_points(comparison.loss_low)}"
-    else:
-        decision = "inconclusive"
-        reason = f"the loss may be anything from {_range(comparison)} points; " + _what_is_missing(comparison, limit)
+def _measured(gate: Gate, evidence: Evidence, champion: Evidence | None) -> Iterator[RuleResult]:
+    for measure in MEASURES:
+        for against, limit in gate.limits(measure.rule):
+            yield measure.judge(evidence, champion, against, limit)
+
+
+def _fit(wanted: GpuFit, plan: Plan) -> RuleResult:
+    fit = next((fit for fit in plan.fits if fit.gpu.startswith(wanted.gpu)), None)
+    tokens = f"{wanted.cache_tokens:,} token{'s' if wanted.cache_tokens > 1 else ''}"
+    limit = f"8 GPUs of {wanted.gpu}, room for {tokens}"
+    if fit is None:
+        known = ", ".join(fit.gpu for fit in plan.fits) or "none, since the plan was made by an older version"
+        return RuleResult(
+            rule="fit",
+            decision="fail",
+            value="-",
+            limit=limit,
+            explanation=f"The plan knows no GPU whose name begins with {wanted.gpu}; it knows {known}.",
+        )
+    divides = fit.tp in plan.tensor_parallel
     return RuleResult(
-        rule="accuracy_loss",
-        decision=decision,
-        value=f"{_points(comparison.loss)} ({_range(comparison)})",
-        limit=f"at most {_points(limit)}",
-        explanation=f"{seen}; {reason}.",
+        rule="fit",
+        decision="pass" if divides and fit.room > 0 and fit.cache_tokens >= wanted.cache_tokens else "fail",
+        value=f"{fit.weight_bytes / 1e9:.3g} GB of weights a GPU, room for {fit.cache_tokens:,} tokens",
+        limit=limit,
+        explanation=f"At TP {fit.tp} each GPU of {fit.gpu} keeps {fit.room / 1e9:.3g} GB for the KV cache."
+        if divides
+        else f"The experts cannot be divided at TP {fit.tp} into whole groups of 128.",
     )
-
-
-def _what_is_missing(comparison: Comparison, limit: float) -> str:
-    needed = questions_needed(comparison, limit)
-    if needed is None:
-        return "it is so close to the limit that more questions will hardly settle it"
-    return f"needs about {_rounded_up(needed - comparison.questions):,} more questions"
-
-
-def _measures(
-    gate: Gate, plan: Plan, quantized: Accuracy, fidelity: Fidelity, throughput: Throughput
-) -> Iterator[RuleResult]:
-    """The rules on a single number."""
-    if gate.kl is not None:
-        text = f"On held-out text the next-token distributions differ by {fidelity.kl:.4f} nats a token on average."
-        yield _measured("kl", fidelity.kl <= gate.kl, f"{fidelity.kl:.4f} nats", f"at most {gate.kl:g} nats", text)
-    if gate.truncated is not None:
-        text = f"{_percent(quantized.truncated)} of the quantized model's answers were cut by the token limit."
-        yield _measured(
-            "truncated",
-            quantized.truncated <= gate.truncated,
-            _percent(quantized.truncated),
-            f"at most {_percent(gate.truncated)}",
-            text,
-        )
-    if gate.unparsed is not None:
-        text = f"No answer letter could be read from {_percent(quantized.unparsed)} of the quantized model's answers."
-        yield _measured(
-            "unparsed",
-            quantized.unparsed <= gate.unparsed,
-            _percent(quantized.unparsed),
-            f"at most {_percent(gate.unparsed)}",
-            text,
-        )
-    if gate.experts_shrink is not None:
-        text = f"The routed experts' weights, scales included, take {_percent(plan.experts_shrink)} fewer bytes."
-        yield _measured(
-            "experts_shrink",
-            plan.experts_shrink >= gate.experts_shrink,
-            _percent(plan.experts_shrink),
-            f"at least {_percent(gate.experts_shrink)}",
-            text,
-        )
-    if gate.throughput_ratio is not None:
-        concurrency = max(throughput.concurrencies)
-        ratio = throughput.ratio(concurrency)
-        failed = sum(load.errors for load in throughput.loads)
-        text = f"With {concurrency} requests in flight it answers {ratio:.2f} times as many queries a minute."
-        if failed:
-            text = f"{failed} requests failed while the servers were timed, so the ratio says nothing."
-        yield _measured(
-            "throughput_ratio",
-            ratio >= gate.throughput_ratio and not failed,
-            f"{ratio:.2f}×",
-            f"at least {gate.throughput_ratio:g}×",
-            text,
-        )
-
-
-def _measured(rule: str, met: bool, value: str, limit: str, explanation: str) -> RuleResult:
-    return RuleResult(rule=rule, decision="pass" if met else "fail", value=value, limit=limit, explanation=explanation)
-
-
-def _points(fraction: float) -> str:
-    return f"{_signed(fraction)} points"
-
-
-def _range(comparison: Comparison) -> str:
-    return f"{_signed(comparison.loss_low)} to {_signed(comparison.loss_high)}"
-
-
-def _signed(fraction: float) -> str:
-    """In percent, with a typographic minus, and zero without a sign."""
-    return f"{100 * fraction:.2f}".replace("-0.00", "0.00").replace("-", "−")
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
-
-
-def _rounded_up(count: int) -> int:
-    """To two significant digits: an estimate should not look exact."""
-    step: int = 10 ** max(len(str(count)) - 2, 0)
-    return -(-count // step) * step

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lightship.eval import plots
 from lightship.eval.questions import Question
+from lightship.eval.receipt import Receipt, headline
 from lightship.eval.report_style import CSS
 from lightship.files import write_text
 from lightship.records import (
@@ -40,12 +41,20 @@ HEADLINES = {
 RULES = {
     "verification": "Checkpoint verification",
     "accuracy_loss": "Accuracy loss",
+    "subject_loss": "Loss in any subject",
     "kl": "KL divergence",
+    "kl_worst_scene": "KL divergence, worst scene",
+    "top1_agreement": "Same likeliest token",
     "truncated": "Answers cut by the token limit",
     "unparsed": "Answers without a readable letter",
-    "experts_shrink": "Shrink of the routed experts",
+    "starved_experts": "Experts with too few calibration tokens",
     "throughput_ratio": "Throughput, quantized over source",
+    "ttft_ratio": "Time to first token, quantized over source",
+    "bytes_after": "Bytes of the result",
+    "experts_shrink": "Shrink of the routed experts",
+    "fit": "Fit on eight GPUs",
 }
+AGAINST = {"limit": "", "source": ", against the source", "champion": ", against the champion"}
 SYMBOLS = {"pass": "✓ pass", "warn": "! warn", "fail": "✗ fail", "inconclusive": "? inconclusive"}
 
 
@@ -77,6 +86,8 @@ class ReportData:
     next_commands: list[str]
     questions: Mapping[str, Question] = field(default_factory=dict)
     """Questions by id, to show the lost ones with their text."""
+    receipt: Receipt | None = None
+    """Why not, if the release did not pass."""
 
 
 def write_report(path: Path, release: ReportData) -> None:
@@ -86,6 +97,7 @@ def write_report(path: Path, release: ReportData) -> None:
             _head(release),
             _summary(release),
             _gate(release.verdict),
+            _why_not(release.receipt),
             _same_model(release),
             _size(release),
             _calibration(release),
@@ -171,12 +183,25 @@ def _summary(release: ReportData) -> str:
 def _gate(verdict: Verdict) -> str:
     rows = "".join(
         f'<tr><td><span class="tag {r.decision}">{SYMBOLS[r.decision]}</span></td><td>{RULES[r.rule]}'
-        f'<small>{escape(r.explanation)}</small></td><td class="num">{escape(r.value)}<small>{escape(r.limit)}</small>'
+        f"{AGAINST[r.against]}<small>{escape(r.explanation)}</small></td>"
+        f'<td class="num">{escape(r.value)}<small>{escape(r.interval or "")}</small><small>{escape(r.limit)}</small>'
         "</td></tr>"
         for r in verdict.rules
     )
     head = '<tr><th>Decision</th><th>Rule</th><th class="num">Measured, limit</th></tr>'
     return f'<h2>The gate</h2><div class="scroll"><table class="gate">{head}{rows}</table></div>'
+
+
+def _why_not(receipt: Receipt | None) -> str:
+    if receipt is None:
+        return ""
+    rules = "".join(
+        f"<h3>{RULES[rule.rule]}{AGAINST[rule.against]}: {rule.decision}</h3><pre>{escape(rule.arithmetic)}</pre>"
+        for rule in receipt.rules
+        if rule.arithmetic
+    )
+    steps = "".join(f"<li>{escape(step)}</li>" for step in receipt.next)
+    return f"<h2>Why not</h2><p>{escape(headline(receipt))}.</p>{rules}<h3>Next</h3><ul>{steps}</ul>"
 
 
 def _same_model(release: ReportData) -> str:
@@ -192,12 +217,30 @@ def _same_model(release: ReportData) -> str:
             "In brackets, the questions asked; the axis may start above zero. The intervals are of each model alone; "
             "the comparison above is paired, which sees smaller differences than overlapping intervals suggest.",
         )
+        + _subjects(c)
         + _figure(
             "Divergence on held-out text",
             plots.kl_by_scene(release.fidelity),
             f"{sum(s.tokens for s in release.fidelity.scenes):,} tokens of held-out text. Zero would be "
             "the identical model; the measure says how far apart the two are, not which one is better.",
         )
+    )
+
+
+def _subjects(comparison: Comparison) -> str:
+    rows = "".join(
+        f'<tr><td>{escape(s.subject)}</td><td class="num">{s.questions:,}</td><td class="num">{s.lost}</td>'
+        f'<td class="num">{s.gained}</td><td class="num">{_points(s.loss)}<small>{_points(s.loss_low)} to '
+        f'{_points(s.loss_high)}</small></td><td class="num">{s.p_value:.2g}</td>'
+        f'<td class="num">{s.p_adjusted:.2g}</td></tr>'
+        for s in comparison.subjects
+    )
+    heads = ("Questions", "Lost", "Gained", "Loss, points", "p", "p, Holm")
+    head = f"<tr><th>Subject</th>{''.join(f'<th class=num>{h}</th>' for h in heads)}</tr>"
+    return (
+        f'<h3>Loss by subject, paired</h3><div class="scroll"><table>{head}{rows}</table></div><p class="note">The '
+        "intervals of all subjects hold together at 95 %. p is of the exact one-sided McNemar test that the subject is "
+        "not worse; adjusted by Holm for their number, 0.05 or less says that it is.</p>"
     )
 
 

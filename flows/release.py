@@ -58,7 +58,7 @@ def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
         plan = plan_tensors(work)
         quantized = quantize_experts(work, plan)
         report_calibration(work)
-        verification = verify_checkpoint(work)
+        verify_checkpoint(work)
         version = tracker.register(
             run.run_id, work.recipe.model, work.release_id, work.checkpoint_dir, quantized.manifest_digest
         )
@@ -66,13 +66,13 @@ def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
             stage_checkpoint(work, servers)
             before = evaluate_source(work, servers)
             after = evaluate_quantized(work, servers)
-            throughput = benchmark_both(work, servers)
-        fidelity = measure_fidelity(work)
-        comparison = compare_answers(work, before, after)
-        verdict = decide(work, plan, verification, comparison, after, fidelity, throughput)
+            benchmark_both(work, servers)
+        measure_fidelity(work)
+        compare_answers(work, before, after)
+        verdict = decide(work, tracker)
         promoted = promote_champion(work, tracker) if promote and verdict.decision == "pass" else None
-        report = write_report(work)
-        run.log_file(report)
+        for path in (write_report(work), *write_receipt(work, verdict)):
+            run.log_file(path)
         run.tag("lightship.verdict", verdict.decision)
         run.tag("lightship.promoted", promoted.version if promoted else "no")
         champion = tracker.champion(work.recipe.model)
@@ -87,9 +87,17 @@ def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
 
 @task(cache_policy=NO_CACHE)
 def plan_tensors(work: Release) -> Plan:
+    import msgspec
+
+    from lightship.census import census
+    from lightship.quant.capacity import fits_of
     from lightship.quant.plan import plan_quantization
 
-    return work.stage("plan", Plan, lambda: plan_quantization(work.source))
+    def run() -> Plan:
+        plan = plan_quantization(work.source)
+        return msgspec.structs.replace(plan, fits=fits_of(work.source, plan, census(work.source)))
+
+    return work.stage("plan", Plan, run)
 
 
 @task(cache_policy=NO_CACHE)
@@ -115,13 +123,18 @@ def report_calibration(work: Release) -> Calibration:
 
 @task(cache_policy=NO_CACHE)
 def verify_checkpoint(work: Release) -> Verification:
+    from lightship.eval.evidence import leave_receipt
+    from lightship.eval.gate import verification_rule
     from lightship.quant.verify import verify
 
     def run() -> Verification:
         verification = verify(work.checkpoint_dir, work.source.path)
         if not verification.passed:
+            # Nothing is asked of a checkpoint that cannot be served, so its verdict comes here.
+            verdict = Verdict(decision="fail", rules=[verification_rule(verification)])
+            why_not, _ = leave_receipt(work.directory, verdict)
             raise LightshipError(
-                f"the checkpoint is not servable: {summary.sentence(verification)}; "
+                f"the checkpoint is not servable: {summary.sentence(verification)}; see {why_not}; "
                 f"remove {work.directory} to make it again"
             )
         return verification
@@ -181,27 +194,15 @@ def compare_answers(work: Release, before: Accuracy, after: Accuracy) -> Compari
 
 
 @task(cache_policy=NO_CACHE)
-def decide(
-    work: Release,
-    plan: Plan,
-    verification: Verification,
-    comparison: Comparison,
-    after: Accuracy,
-    fidelity: Fidelity,
-    throughput: Throughput,
-) -> Verdict:
+def decide(work: Release, tracker: Tracker) -> Verdict:
     from lightship.eval import gate
+    from lightship.eval.evidence import read_champion, read_measured
 
     def run() -> Verdict:
-        return gate.decide(
-            work.recipe.gate,
-            plan=plan,
-            verification=verification,
-            comparison=comparison,
-            quantized=after,
-            fidelity=fidelity,
-            throughput=throughput,
-        )
+        policy = work.recipe.gate
+        name = tracker.champion_release(work.recipe.model) if policy.by_champion else None
+        champion = read_champion(work.home, name, work.release_id)
+        return gate.decide(policy, read_measured(work.directory), champion)
 
     return work.stage("verdict", Verdict, run)
 
@@ -221,3 +222,10 @@ def write_report(work: Release) -> Path:
     path = work.directory / "report.html"
     report.write_report(path, read_evidence(work.directory))
     return path
+
+
+@task(cache_policy=NO_CACHE)
+def write_receipt(work: Release, verdict: Verdict) -> list[Path]:
+    from lightship.eval.evidence import leave_receipt
+
+    return leave_receipt(work.directory, verdict)

@@ -18,7 +18,7 @@ from tests.commands import lightship, refusal
 from tests.quant.test_quantize import poison
 
 COMMANDS = ["plan", "quantize", "verify", "convert", "serve", "evaluate", "bench", "release", "promote", "report"]
-COMMANDS += ["compare", "tune"]
+COMMANDS += ["compare", "decide", "tune"]
 RECIPE = """
 model = "m"
 [calibration]

@@ -8,7 +8,7 @@ import pytest
 from lightship.checkpoint import MANIFEST
 from lightship.errors import CheckpointError, PromotionError
 from lightship.files import digest_of_file, write_json
-from lightship.promotion import promote
+from lightship.promotion import Signature, promote
 from lightship.records import RuleResult, Staged, Verdict
 from lightship.tracking import Tracker
 
@@ -70,9 +70,49 @@ def test_a_verdict_that_is_not_pass_is_refused_with_its_reason(
     directory: Path, tracker: Tracker, model: str, decision: str
 ) -> None:
     write_verdict(directory, decision)
-    with pytest.raises(PromotionError, match=f"not promoted, its verdict is {decision}: kl: too far"):
+    with pytest.raises(PromotionError, match=rf"its verdict is {decision}: kl: too far.* See .*/abc123/why-not.md"):
         promote(directory, model, tracker)
     assert "champion" not in tracker.client.get_registered_model(model).aliases
+
+
+def test_a_person_may_set_the_verdict_aside_and_is_recorded(directory: Path, tracker: Tracker, model: str) -> None:
+    write_verdict(directory, "fail")
+    promoted = promote(directory, model, tracker, Signature("Ada", "the text is not ours"))
+    assert promoted.override is not None
+    assert (promoted.override.by, promoted.override.reason) == ("Ada", "the text is not ours")
+    assert (promoted.override.verdict, promoted.override.rules) == ("fail", ["kl"])
+    version = tracker.client.get_model_version(model, promoted.version)
+    run = tracker.client.get_run(version.run_id)
+    for tags in (version.tags, run.data.tags):
+        assert tags["lightship.override_by"] == "Ada"
+        assert tags["lightship.override_reason"] == "the text is not ours"
+        assert tags["lightship.override_verdict"] == "fail: kl"
+    assert tracker.champion_release(model) == "abc123"
+
+
+def test_a_promotion_without_an_override_takes_the_tags_of_an_earlier_one_back(
+    directory: Path, tracker: Tracker, model: str
+) -> None:
+    write_verdict(directory, "fail")
+    promote(directory, model, tracker, Signature("Ada", "because"))
+    write_verdict(directory, "pass")
+    promoted = promote(directory, model, tracker, Signature("Ada", "because"))
+    assert promoted.override is None, "a passing release needs none"
+    assert "lightship.override_by" not in tracker.client.get_model_version(model, promoted.version).tags
+
+
+@pytest.mark.parametrize(("by", "reason"), [("", "because"), ("Ada", " ")])
+def test_an_override_without_name_or_reason_is_refused(by: str, reason: str) -> None:
+    with pytest.raises(PromotionError, match="needs a name and a reason"):
+        Signature(by, reason)
+
+
+def test_an_override_does_not_excuse_a_changed_file(directory: Path, tracker: Tracker, model: str) -> None:
+    write_verdict(directory, "fail")
+    with (directory / "checkpoint" / MANIFEST).open("a") as file:
+        file.write("\n")
+    with pytest.raises(PromotionError, match=r"its manifest is .*, what was evaluated had"):
+        promote(directory, model, tracker, Signature("Ada", "because"))
 
 
 def test_a_changed_weight_is_refused_by_name(directory: Path, tracker: Tracker, model: str) -> None:

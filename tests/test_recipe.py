@@ -1,13 +1,15 @@
 """A recipe is read strictly: what lightship does not know, it refuses by name."""
 
 from pathlib import Path
-from typing import Annotated, get_args, get_origin
+from typing import get_args
 
 import msgspec
 import pytest
 
 from lightship.errors import RecipeError
-from lightship.recipe import Recipe, Section, load_recipe
+from lightship.policy import load_policy
+from lightship.recipe import Recipe, load_recipe
+from lightship.section import Section
 
 ROOT = Path(__file__).parents[1]
 MINIMAL = """
@@ -74,6 +76,50 @@ def test_a_gate_that_would_promote_any_model_is_refused(tmp_path: Path) -> None:
         load_recipe(write(tmp_path, MINIMAL.replace("accuracy_loss = 0.1", "")))
 
 
+def test_a_gate_that_asks_the_champion_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="the gate needs accuracy_loss or kl"):
+        load_recipe(write(tmp_path, MINIMAL.replace("accuracy_loss = 0.1", "kl = { over_champion = 0.1 }")))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("kl = {}", "a rule needs at_most, over_source or over_champion"),
+        ("top1_agreement = {}", "a rule needs at_least, under_source or under_champion"),
+        ("kl = { at_least = 0.1 }", "unknown field `at_least`"),
+        ("fit = { cache_tokens = 1 }", "missing required field `gpu`"),
+        ("confidence = 1.0", r"\$.gate.confidence"),
+    ],
+)
+def test_a_rule_in_the_wrong_shape_is_named(tmp_path: Path, rule: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path, f"{MINIMAL}{rule}\n"))
+
+
+def test_every_rule_reads_as_a_number_and_as_a_table(tmp_path: Path) -> None:
+    path = write(tmp_path, "[gate]\nkl = 0.1\ntruncated = { at_most = 0.02, over_source = 0.01, over_champion = 0 }\n")
+    gate = load_policy(path)
+    assert gate.limits("kl") == [("limit", 0.1)]
+    assert gate.limits("truncated") == [("limit", 0.02), ("source", 0.01), ("champion", 0)]
+    assert gate.limits("unparsed") == []
+    assert gate.by_champion
+
+
+def test_a_recipe_is_a_policy_and_a_file_without_a_gate_is_not(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert load_policy(path) == load_recipe(path).gate
+    with pytest.raises(RecipeError, match=r"the policy .* has no table \[gate\]"):
+        load_policy(write(tmp_path, "kl = 0.1"))
+    with pytest.raises(RecipeError, match="the gate needs accuracy_loss or kl"):
+        load_policy(write(tmp_path, "[gate]\ntruncated = 0.1"))
+
+
+@pytest.mark.parametrize("stages", ["[]", "[0.5]", "[0.5, 0.2, 1.0]", "[0.5, 0.5, 1.0]"])
+def test_stages_must_grow_to_the_whole(tmp_path: Path, stages: str) -> None:
+    with pytest.raises(RecipeError, match="must increase and end with 1"):
+        load_recipe(write(tmp_path, MINIMAL.replace("[fidelity]", f"stages = {stages}\n[fidelity]")))
+
+
 def test_what_is_not_toml_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not a TOML file"):
         load_recipe(write(tmp_path, "model = "))
@@ -93,7 +139,7 @@ def test_the_documentation_names_every_key() -> None:
         found = []
         for field in msgspec.structs.fields(section):
             inside = sections(field.type)
-            written = f"[{field.name}]" if inside and not is_list(field.type) else field.name
+            written = f"[{field.name}]" if inside and section is Recipe else field.name
             found += [written] * (f"`{written}`" not in documented) + [key for kind in inside for key in missing(kind)]
         return found
 
@@ -102,8 +148,5 @@ def test_the_documentation_names_every_key() -> None:
         if isinstance(kind, type) and issubclass(kind, Section):
             return [kind]
         return [section for part in get_args(kind) for section in sections(part)]
-
-    def is_list(kind: object) -> bool:
-        return get_origin(kind) is list or (get_origin(kind) is Annotated and is_list(get_args(kind)[0]))
 
     assert missing(Recipe) == []

@@ -7,7 +7,8 @@ import pytest
 
 from lightship import release
 from lightship.checkpoint import Checkpoint
-from lightship.recipe import AccuracyTask, CalibrationText, Cluster, FidelityText, Gate, Quantization, Recipe
+from lightship.policy import Gate
+from lightship.recipe import AccuracyTask, CalibrationText, Cluster, FidelityText, Quantization, Recipe
 from lightship.release import Identity, digest_of_code, identify
 from tests.eval.puzzles import write_questions
 

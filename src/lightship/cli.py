@@ -228,8 +228,22 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokens", help="numbers of tokens, as 1,16,256 (default: ten from 1 to 8192)")
     sub.add_argument("--out", type=Path, required=True, help="the table, a JSON file")
 
+    sub = command(
+        "decide",
+        _decide,
+        "Judge a finished release again, by its recipe's gate or another's; nothing is run and nothing is written.",
+        "decide 3f2a --policy recipes/deepseek-v3.toml",
+    )
+    sub.add_argument("release", help="release id, or its first characters")
+    sub.add_argument("--policy", type=Path, help="TOML file with a table [gate] (default: the release's recipe)")
+    sub.add_argument("--out", type=Path, help="write the verdict as JSON to this file")
+    home(sub)
+
     sub = command("promote", _promote, "Make a release that passed the gate the champion.", "promote 3f2a")
     sub.add_argument("release", help="release id, or its first characters")
+    sub.add_argument("--override", action="store_true", help="promote in spite of the verdict; needs --by and --reason")
+    sub.add_argument("--by", metavar="NAME", help="who overrides")
+    sub.add_argument("--reason", metavar="TEXT", help="why")
     home(sub)
 
     sub = command("report", _report, "Write a finished release's report again.", "report 3f2a")
@@ -434,6 +448,8 @@ def _release(arguments: argparse.Namespace) -> int:
     from lightship.flows.inputs import check_inputs
 
     check_inputs(arguments.source, arguments.recipe)
+    from lightship.eval.evidence import read_receipt
+    from lightship.eval.receipt import MARKDOWN, terminal
     from lightship.files import read_json
     from lightship.flows.release import release
     from lightship.records import Verdict
@@ -444,7 +460,10 @@ def _release(arguments: argparse.Namespace) -> int:
     )
     directory = arguments.home / "releases" / release_id
     print_release(directory)
-    return 0 if read_json(directory / "verdict.json", Verdict).decision == "pass" else 1
+    verdict = read_json(directory / "verdict.json", Verdict)
+    if receipt := read_receipt(directory, verdict):
+        print(f"\nwhy not, in full in {directory / MARKDOWN}\n{terminal(receipt)}")
+    return 0 if verdict.decision == "pass" else 1
 
 
 def _tune(arguments: argparse.Namespace) -> int:
@@ -461,16 +480,46 @@ def _tune(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _decide(arguments: argparse.Namespace) -> int:
+    from lightship.eval.evidence import read_champion, read_measured, read_receipt
+    from lightship.eval.gate import decide
+    from lightship.eval.receipt import terminal
+    from lightship.files import write_json
+    from lightship.policy import load_policy
+    from lightship.release import find_release
+    from lightship.tables import rules_table, show
+    from lightship.tracking import Tracker
+
+    found = find_release(arguments.home, arguments.release)
+    gate = load_policy(arguments.policy) if arguments.policy else found.recipe.gate
+    directory = arguments.home / "releases" / found.release_id
+    champion = None
+    if gate.by_champion:
+        name = Tracker.connect(arguments.home).champion_release(found.recipe.model)
+        champion = read_champion(arguments.home, name, found.release_id)
+    verdict = decide(gate, read_measured(directory), champion)
+    show(rules_table(verdict))
+    receipt = read_receipt(directory, verdict)
+    print(f"\nverdict: {terminal(receipt) if receipt else 'pass'}")
+    if arguments.out:
+        write_json(arguments.out, verdict)
+    return 0 if verdict.decision == "pass" else 1
+
+
 def _promote(arguments: argparse.Namespace) -> int:
     from lightship import summary
+    from lightship.errors import PromotionError
     from lightship.files import write_json
-    from lightship.promotion import promote
+    from lightship.promotion import Signature, promote
     from lightship.release import find_release
     from lightship.tracking import Tracker
 
     found = find_release(arguments.home, arguments.release)
     directory = arguments.home / "releases" / found.release_id
-    promoted = promote(directory, found.recipe.model, Tracker.connect(arguments.home))
+    if not arguments.override and (arguments.by or arguments.reason):
+        raise PromotionError("--by and --reason belong to --override; add it, or leave them out")
+    signature = Signature(arguments.by or "", arguments.reason or "") if arguments.override else None
+    promoted = promote(directory, found.recipe.model, Tracker.connect(arguments.home), signature)
     write_json(directory / "promoted.json", promoted)
     print(summary.sentence(promoted))
     return 0
@@ -492,8 +541,27 @@ def _compare(arguments: argparse.Namespace) -> int:
     from lightship.tables import runs_tables, show
     from lightship.tracking import Tracker
 
-    for release_id in arguments.releases:
-        find_release(arguments.home, release_id)
+    found = [find_release(arguments.home, release_id).release_id for release_id in arguments.releases]
     for table in runs_tables(Tracker.connect(arguments.home).runs(arguments.releases)):
         show(table)
+    directories = [arguments.home / "releases" / release_id for release_id in found]
+    if len(found) == 2 and all((directory / "comparison.json").is_file() for directory in directories):
+        _compare_answers(*directories)
     return 0
+
+
+def _compare_answers(first: Path, second: Path) -> None:
+    """What the second of two releases lost of the first's answers, in pairs."""
+    from lightship import summary
+    from lightship.errors import EvaluationError
+    from lightship.eval.evidence import read_measured
+    from lightship.eval.losses import compare_with_champion
+    from lightship.tables import show, subjects_table
+
+    try:
+        comparison = compare_with_champion(read_measured(first), read_measured(second))
+    except EvaluationError as error:
+        print(f"\nanswers cannot be paired: {error}")
+        return
+    print(f"\nanswers of {first.name} and {second.name}, in pairs: {summary.sentence(comparison)}\n")
+    show(subjects_table(comparison))

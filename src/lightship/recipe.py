@@ -6,23 +6,18 @@ Paths in a recipe are relative to the recipe's own folder. An unknown key is an 
 
 import os
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from lightship.errors import RecipeError
+from lightship.policy import Gate, check_gate
+from lightship.section import Positive, Section, Share, read_toml
 
-Positive = Annotated[int, msgspec.Meta(gt=0)]
-Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Method = Literal["absmax", "mse", "gptq"]
 T = TypeVar("T", bound="Section")
 ADDRESS = re.compile(r"\w+://\S+:\d{1,5}")
-
-
-class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every part of a recipe."""
 
 
 class TextSource(Section, frozen=True, kw_only=True):
@@ -88,7 +83,7 @@ class Rule(RoundingSettings, frozen=True, kw_only=True):
 class Quantization(RoundingSettings, frozen=True, kw_only=True):
     """How the routed experts' weights become int4."""
 
-    rules: list[Rule] = []
+    rules: list[Rule] = msgspec.field(default_factory=list)
     token_floor: Annotated[int, msgspec.Meta(ge=0)] = 256
     """Experts that saw fewer tokens are named as starved; their Hessian is topped up to this many with the layer's."""
     weight_tokens_by_router: bool = False
@@ -147,6 +142,14 @@ class AccuracyTask(Section, frozen=True, kw_only=True):
     seed: int = 0
     max_tokens: Positive = 2048
     concurrency: Positive = 8
+    sequential: bool = False
+    """Ask in stages, and stop when the gate's accuracy_loss is settled."""
+    stages: list[Share] = msgspec.field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
+    """Fractions of the questions after which to look."""
+
+    def __post_init__(self) -> None:
+        if not self.stages or self.stages[-1] != 1 or self.stages != sorted(set(self.stages)):
+            raise ValueError(f"accuracy.stages {self.stages} must increase and end with 1")
 
 
 class FidelityText(Section, frozen=True, kw_only=True):
@@ -185,19 +188,6 @@ class ThroughputLoad(Section, frozen=True, kw_only=True):
             raise ValueError(f"requests {self.requests} never reach a concurrency of {max(self.concurrencies)}")
 
 
-class Gate(Section, frozen=True, kw_only=True):
-    """What a release must meet to be promoted; an absent rule does not apply."""
-
-    accuracy_loss: Fraction | None = None
-    """Limit of the accuracy loss: pass if the 95 % interval is below it, fail if it is above, else inconclusive."""
-    kl: Annotated[float, msgspec.Meta(ge=0)] | None = None
-    truncated: Fraction | None = None
-    unparsed: Fraction | None = None
-    experts_shrink: Fraction | None = None
-    throughput_ratio: Annotated[float, msgspec.Meta(ge=0)] | None = None
-    """Queries a minute over the source's, at the highest concurrency."""
-
-
 class Recipe(Section, frozen=True, kw_only=True):
     """Everything that decides what a release is, apart from its source."""
 
@@ -213,8 +203,7 @@ class Recipe(Section, frozen=True, kw_only=True):
     gate: Gate
 
     def __post_init__(self) -> None:
-        if self.gate.accuracy_loss is None and self.gate.kl is None:
-            raise ValueError("the gate needs accuracy_loss or kl: without one it would promote any model")
+        check_gate(self.gate)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -223,12 +212,7 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: the file is missing, not TOML, has an unknown key, or a value out of its range.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"the recipe {path} does not exist; recipes/ holds the shipped ones") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"the recipe {path} is not a TOML file: {error}") from error
+    table = read_toml(path, "recipe")
     try:
         return msgspec.convert(_with_absolute_paths(table, path.resolve().parent), Recipe)
     except msgspec.ValidationError as error:

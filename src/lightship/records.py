@@ -12,6 +12,7 @@ import msgspec
 
 Action = Literal["int4", "fp8", "keep"]
 Decision = Literal["pass", "fail", "inconclusive"]
+Against = Literal["limit", "source", "champion"]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +35,28 @@ class PlannedTensor(Record, frozen=True, kw_only=True):
     bytes_after: int
 
 
+class Fit(Record, frozen=True, kw_only=True):
+    """The result on GPUs of one size."""
+
+    gpu: str
+    tp: int
+    usable_bytes: int
+    """Of one GPU, less what the runtime keeps for itself."""
+    weight_bytes: int
+    """On one GPU: its shards, and whole what is not divided."""
+    cache_bytes_per_token: int
+    """Of the KV cache on one GPU, in bf16."""
+
+    @property
+    def room(self) -> int:
+        """Bytes on one GPU for the KV cache; negative: it does not fit."""
+        return self.usable_bytes - self.weight_bytes
+
+    @property
+    def cache_tokens(self) -> int:
+        return max(self.room, 0) // self.cache_bytes_per_token
+
+
 class Plan(Record, frozen=True, kw_only=True):
     """What quantization will do to every tensor."""
 
@@ -42,6 +65,8 @@ class Plan(Record, frozen=True, kw_only=True):
     expert_layers: list[str]
     tensor_parallel: list[int]
     """Degrees that divide the routed experts, all that `local` asks; see `Degree` for the other parts, and SGLang."""
+    fits: list[Fit] = []
+    """The result on eight GPUs of each size; a release has it worked out."""
 
     @property
     def bytes_before(self) -> int:
@@ -90,28 +115,6 @@ class Degree(Record, frozen=True, kw_only=True):
     def all_obstacles(self) -> list[str]:
         """Of all parts."""
         return [obstacle for part in self.obstacles.values() for obstacle in part]
-
-
-class Fit(Record, frozen=True, kw_only=True):
-    """The result on GPUs of one size."""
-
-    gpu: str
-    tp: int
-    usable_bytes: int
-    """Of one GPU, less what the runtime keeps for itself."""
-    weight_bytes: int
-    """On one GPU: its shards, and whole what is not divided."""
-    cache_bytes_per_token: int
-    """Of the KV cache on one GPU, in bf16."""
-
-    @property
-    def room(self) -> int:
-        """Bytes on one GPU for the KV cache; negative: it does not fit."""
-        return self.usable_bytes - self.weight_bytes
-
-    @property
-    def cache_tokens(self) -> int:
-        return max(self.room, 0) // self.cache_bytes_per_token
 
 
 class Need(Record, frozen=True, kw_only=True):
@@ -458,8 +461,27 @@ class Throughput(Record, frozen=True, kw_only=True):
         return sorted({x.concurrency for x in self.loads})
 
 
+class SubjectLoss(Record, frozen=True, kw_only=True):
+    """Two models' answers to the questions of one subject, paired."""
+
+    subject: str
+    questions: int
+    source_accuracy: float
+    quantized_accuracy: float
+    lost: int
+    gained: int
+    loss: float
+    loss_low: float
+    loss_high: float
+    """The intervals of all subjects hold together at 95 %."""
+    p_value: float
+    """Exact one-sided McNemar test that as many are gained as lost."""
+    p_adjusted: float
+    """By Holm, for the number of subjects: if it is 0.05 or less, the subject is worse."""
+
+
 class Comparison(Record, frozen=True, kw_only=True):
-    """Two models' answers to the same questions, paired."""
+    """Two models' answers to the same questions, paired; the source, or the champion, against the quantized model."""
 
     questions: int
     source_accuracy: float
@@ -474,6 +496,12 @@ class Comparison(Record, frozen=True, kw_only=True):
     """95 % confidence interval of the loss."""
     p_value: float
     """Exact McNemar test that lost and gained are equally likely."""
+    subjects: list[SubjectLoss] = []
+    """By name."""
+    looks: list[int] = []
+    """Where questions were asked in stages: how many were answered at each look. Empty: all were asked at once."""
+    planned: int | None = None
+    """Where they were asked in stages: how many would have been asked in all."""
 
 
 class RuleResult(Record, frozen=True, kw_only=True):
@@ -484,6 +512,14 @@ class RuleResult(Record, frozen=True, kw_only=True):
     value: str
     limit: str
     explanation: str
+    against: Against = "limit"
+    """What the value was held against."""
+    interval: str | None = None
+    """Of the value, where it is an estimate."""
+    arithmetic: str | None = None
+    """How the decision follows from the counts."""
+    more_questions: int | None = None
+    """That would settle it, if it is inconclusive and the rates seen hold."""
 
 
 class Verdict(Record, frozen=True, kw_only=True):
@@ -491,6 +527,28 @@ class Verdict(Record, frozen=True, kw_only=True):
 
     decision: Decision
     rules: list[RuleResult]
+    champion: str | None = None
+    """The release that was champion, if rules compare with it; null: there was none, or no rule does."""
+
+    @property
+    def more_questions(self) -> int | None:
+        """That would settle every inconclusive rule; null: nothing is inconclusive, or no number of questions would."""
+        open_rules = [rule for rule in self.rules if rule.decision == "inconclusive"]
+        needed = [rule.more_questions for rule in open_rules if rule.more_questions is not None]
+        return max(needed) if needed and len(needed) == len(open_rules) else None
+
+
+class Override(Record, frozen=True, kw_only=True):
+    """A person's decision to promote in spite of the gate's."""
+
+    by: str
+    reason: str
+    verdict: Decision
+    """That it sets aside."""
+    rules: list[str]
+    """The rules that were not met."""
+    at: str
+    """UTC, ISO 8601."""
 
 
 class Promoted(Record, frozen=True, kw_only=True):
@@ -501,3 +559,5 @@ class Promoted(Record, frozen=True, kw_only=True):
     alias: str
     manifest_digest: str
     previous_version: str | None
+    override: Override | None = None
+    """Null: the gate passed."""

@@ -201,6 +201,7 @@ def _(comparison: Comparison) -> dict[str, float]:
         "accuracy_loss_low": comparison.loss_low,
         "accuracy_loss_high": comparison.loss_high,
         "accuracy_loss_p_value": comparison.p_value,
+        "accuracy_loss_subjects_worse": sum(s.p_adjusted <= 0.05 for s in comparison.subjects),
     }
 
 
@@ -220,7 +221,9 @@ def _(verdict: Verdict) -> dict[str, float]:
 @sentence.register
 def _(promoted: Promoted) -> str:
     before = f", in place of version {promoted.previous_version}" if promoted.previous_version else ""
-    return f"{promoted.model} version {promoted.version} became {promoted.alias}{before}"
+    override = promoted.override
+    spite = f", by {override.by} in spite of the verdict {override.verdict}: {override.reason}" if override else ""
+    return f"{promoted.model} version {promoted.version} became {promoted.alias}{before}{spite}"
 
 
 @metrics.register

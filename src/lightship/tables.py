@@ -258,12 +258,11 @@ def print_release(directory: Path) -> None:
         )
     print()
     show(table)
-    rules = _table("gate", "", "value", "limit", "why")
-    for rule in verdict.rules:
-        colour = COLOURS[rule.decision]
-        rules.add_row(rule.rule, f"[{colour}]{rule.decision}[/]", rule.value, rule.limit, rule.explanation)
+    if comparison.subjects:
+        print()
+        show(subjects_table(comparison))
     print()
-    show(rules)
+    show(rules_table(verdict))
     promoted = directory / "promoted.json"
     outcome = (
         summary.sentence(read_json(promoted, Promoted)) if promoted.is_file() else "not promoted: it stays challenger"
@@ -279,6 +278,33 @@ def print_release(directory: Path) -> None:
         f"  serve it    lightship serve {directory / 'checkpoint'} --tp {staged.tensor_parallel}\n"
         f"  MLflow      {tracking}"
     )
+
+
+def subjects_table(comparison: Comparison) -> Table:
+    """Each subject's paired loss, those that look worst first."""
+    table = _table("subject", "questions", "lost", "gained", "loss, points (95 % for all)", "p", "p, Holm")
+    for s in sorted(comparison.subjects, key=lambda s: (s.p_value, s.subject)):
+        table.add_row(
+            escape(s.subject),
+            f"{s.questions:,}",
+            str(s.lost),
+            str(s.gained),
+            f"{100 * s.loss:+.1f} ({100 * s.loss_low:+.1f} to {100 * s.loss_high:+.1f})",
+            f"{s.p_value:.2g}",
+            f"{s.p_adjusted:.2g}",
+        )
+    return table
+
+
+def rules_table(verdict: Verdict) -> Table:
+    """Each rule of the gate and its reason."""
+    table = _table("gate", "", "value", "limit", "why")
+    for rule in verdict.rules:
+        name = rule.rule if rule.against == "limit" else f"{rule.rule}, {rule.against}"
+        value = f"{rule.value} ({rule.interval})" if rule.interval else rule.value
+        decision = f"[{COLOURS[rule.decision]}]{rule.decision}[/]"
+        table.add_row(name, decision, escape(value), escape(rule.limit), escape(rule.explanation))
+    return table
 
 
 def runs_tables(runs: list[Any]) -> list[Table]:

@@ -21,7 +21,7 @@ import msgspec
 
 from lightship import summary
 from lightship.errors import LightshipError
-from lightship.records import Promoted
+from lightship.records import Override, Promoted
 from lightship.release import ID_LENGTH, Release, StageDone, settings_of, versions
 
 EXPERIMENT = "lightship"
@@ -137,23 +137,42 @@ class Tracker:
         self.client.set_registered_model_alias(model, CHALLENGER, version.version)
         return str(version.version)
 
-    def promote(self, model: str, version: str) -> Promoted:
-        """Give `champion` to a version; returns it with the version that was champion before."""
+    def promote(self, model: str, version: str, override: Override | None = None) -> Promoted:
+        """Give `champion` to a version; returns it with the version that was champion before.
+
+        With `override`, version and run are tagged with who set the gate aside, and why; without, they lose such tags.
+        """
         previous = self.champion(model)
         self.client.set_registered_model_alias(model, CHAMPION, version)
         chosen = self.client.get_model_version(model, version)
+        run_tags = self.client.get_run(chosen.run_id).data.tags
+        for name, value in _override_tags(override).items():
+            if value is not None:
+                self.client.set_model_version_tag(model, version, name, value)
+                self.client.set_tag(chosen.run_id, name, value)
+            elif name in run_tags:
+                self.client.delete_model_version_tag(model, version, name)
+                self.client.delete_tag(chosen.run_id, name)
         return Promoted(
             model=model,
             version=version,
             alias=CHAMPION,
             manifest_digest=chosen.tags[MANIFEST_TAG],
             previous_version=None if previous == version else previous,
+            override=override,
         )
 
     def champion(self, model: str) -> str | None:
         """The version that is champion now."""
         version = self.client.get_registered_model(model).aliases.get(CHAMPION)
         return None if version is None else str(version)
+
+    def champion_release(self, model: str) -> str | None:
+        """The release that is champion now; None if there is no champion, or no such model yet."""
+        if not self.client.search_registered_models(f"name = '{model}'"):
+            return None
+        version = self.champion(model)
+        return None if version is None else str(self.client.get_model_version(model, version).tags[RELEASE_TAG])
 
     def version_of(self, model: str, release_id: str, manifest_digest: str) -> str:
         """The version of `model` that is this release with this manifest.
@@ -232,6 +251,17 @@ class ReleaseRun:
                 return
             error = error.__context__
         self.tracker.client.set_terminated(self.run_id, "FAILED" if kind else "FINISHED")
+
+
+def _override_tags(override: Override | None) -> dict[str, str | None]:
+    """Tag -> its value; None: it must not be there."""
+    rules = f"{override.verdict}: {', '.join(override.rules)}" if override else None
+    return {
+        "lightship.override_by": override.by if override else None,
+        "lightship.override_reason": override.reason if override else None,
+        "lightship.override_verdict": rules,
+        "lightship.override_at": override.at if override else None,
+    }
 
 
 def _flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,15 +5,17 @@ from typing import Any
 
 from lightship.eval.comparison import compare
 from lightship.eval.gate import decide
+from lightship.eval.measures import Evidence
 from lightship.eval.questions import Question
 from lightship.eval.report import ReportData
-from lightship.recipe import Gate
+from lightship.policy import Gate
 from lightship.records import (
     Accuracy,
     AnsweredQuestion,
     Calibration,
     Check,
     Fidelity,
+    Fit,
     InputScale,
     LayerCalibration,
     LayerError,
@@ -63,7 +65,9 @@ def plan(experts_after: int = 54_000_000) -> Plan:
         )
         for n, a, b, c in tensors
     ]
-    return Plan(source="demo/model", tensors=planned, expert_layers=["model.layers.1.mlp"], tensor_parallel=[1, 2])
+    fit = Fit(gpu="80 GB (H100)", tp=8, usable_bytes=76_000_000, weight_bytes=9_000_000, cache_bytes_per_token=1000)
+    layers = ["model.layers.1.mlp"]
+    return Plan(source="demo/model", tensors=planned, expert_layers=layers, tensor_parallel=[1, 2, 8], fits=[fit])
 
 
 def verification(passed: bool = True) -> Verification:
@@ -130,13 +134,26 @@ def calibration(layers: int = 8, experts: int = 32, starved: bool = True) -> Cal
     return Calibration(text_digest="b71c" * 16, tokens={"code": 16384, "prose": 16384}, token_floor=256, layers=made)
 
 
+def evidence(**changed: Any) -> Evidence:
+    """What a gate reads of a good release, but for what is changed."""
+    answers = accuracy([True] * 1000)
+    made: dict[str, Any] = {
+        "release_id": "5f2c9e1b7ad3", "plan": plan(), "calibration": calibration(starved=False),
+        "verification": verification(), "source": answers, "quantized": answers, "fidelity": fidelity(),
+        "throughput": throughput(),
+    } | changed  # fmt: skip
+    if "comparison" not in made:
+        made["comparison"] = compare(made["source"], made["quantized"])
+    return Evidence(**made)
+
+
 def release(*, losing: float = 0.02, questions: int = 700, text: str = "… the answer is (B).") -> ReportData:
     """A whole release whose quantized model loses about `losing` of the questions and gains half as many."""
     rng = random.Random(0)
     right = [rng.random() < 0.8 for _ in range(questions)]
     kept = [(ok and rng.random() >= losing / 0.8) or (not ok and rng.random() < losing / 0.4) for ok in right]
     source, quantized = accuracy(right, text=text), accuracy(kept, text=text)
-    comparison = compare(source, quantized)
+    measured = evidence(source=source, quantized=quantized)
     made = {"plan": plan(), "verification": verification(), "fidelity": fidelity(), "throughput": throughput()}
     question = Question(
         question_id=0, question="What comes next: 17 20 25 32?", options=["44", "41", "32", "39"], answer="B",
@@ -159,10 +176,10 @@ def release(*, losing: float = 0.02, questions: int = 700, text: str = "… the 
         ),
         source_accuracy=source,
         quantized_accuracy=quantized,
-        comparison=comparison,
-        verdict=decide(GATE, comparison=comparison, quantized=quantized, **made),  # type: ignore[arg-type]
+        comparison=measured.comparison,
+        verdict=decide(GATE, measured),
         versions={"lightship": "0.1.0+b238681", "torch": "2.13.0", "transformers": "5.23.0", "lm-eval": "0.4.13"},
         next_commands=["lightship promote 5f2c9e1b7ad3", "lightship serve out/checkpoint --tp 2 --port 8000"],
-        questions=dict.fromkeys(comparison.lost, question),
+        questions=dict.fromkeys(measured.comparison.lost, question),
         **made,  # type: ignore[arg-type]
     )  # fmt: skip

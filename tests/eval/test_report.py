@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from lightship.eval import plots
+from lightship.eval.receipt import make_receipt
 from lightship.eval.report import HEADLINES, write_report
 from lightship.eval.report_style import CSS
 from lightship.records import Check
@@ -134,3 +135,28 @@ def test_numbers_have_three_significant_digits(value: float, said: str) -> None:
 @pytest.mark.parametrize(("count", "said"), [(999, "999 B"), (71_000_000, "71.0 MB"), (688_586_000_000, "689 GB")])
 def test_bytes_are_said_in_the_unit_that_fits(count: int, said: str) -> None:
     assert plots.human_bytes(count) == said
+
+
+def test_the_page_says_why_not_with_the_arithmetic_and_what_to_do(tmp_path: Path) -> None:
+    data = release(losing=0.2)
+    steps = {rule.rule: "do <this>" for rule in data.verdict.rules}
+    receipt = make_receipt(
+        data.release_id, data.verdict, steps, data.comparison, data.source_accuracy, data.quantized_accuracy
+    )
+    write_report(tmp_path / "report.html", replace(data, receipt=receipt))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Why not</h2><p>fail: accuracy_loss.</p>" in page
+    assert "n = 700 questions answered by both" in page
+    assert "do &lt;this&gt;" in page
+    parser = Balance()
+    parser.feed(page)
+    assert parser.open == []
+    assert "Why not" not in written(tmp_path), "a release that passed has no such section"
+
+
+def test_each_subject_has_its_loss_and_its_adjusted_p_value(tmp_path: Path) -> None:
+    page = written(tmp_path)
+    table = page[page.index("Loss by subject") :]
+    for subject in release().comparison.subjects:
+        assert f"<tr><td>{subject.subject}</td>" in table
+        assert f'<td class="num">{subject.p_adjusted:.2g}</td></tr>' in table

@@ -126,6 +126,7 @@ def test_mlflow_has_one_run_with_metrics_artifacts_and_both_aliases(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     tracker = Tracker.connect(place / "home")
+    assert tracker.champion_release("tiny") == released[0].name
     (run,) = tracker.runs([released[0].name])
     assert run.info.status == "FINISHED"
     assert run.data.params["quantization.method"] == "mse"
@@ -161,12 +162,27 @@ def test_a_changed_recipe_is_another_release_that_goes_on_after_a_kill_and_fails
     assert "source-accuracy" in done.stdout
     assert "(done before)" in next(line for line in done.stdout.splitlines() if "source-accuracy" in line)
     assert "(done before)" in next(line for line in done.stdout.splitlines() if line.startswith("  calibration"))
+    assert "why not, in full in" in done.stdout
+    receipt = other / "why-not.md"
+    assert "## experts_shrink: fail" in receipt.read_text()
+    assert "Shrink of the routed experts" in (other / "report.html").read_text()
     refused = lightship("promote", other.name[:6])
     assert refused.returncode == 2
     assert "not promoted, its verdict is fail" in refused.stderr
+    assert str(receipt.relative_to(place)) in refused.stderr
+    decided = lightship("decide", other.name[:6], "--policy", "recipe.toml")
+    assert decided.returncode == 0, decided.stdout + decided.stderr
+    signed = ("--override", "--by", "Ada", "--reason", "a rehearsal")
+    overridden = lightship("promote", other.name[:6], *signed)
+    assert overridden.returncode == 0, overridden.stderr
+    assert "by Ada in spite of the verdict fail: a rehearsal" in overridden.stdout
+    override = read_json(other / "promoted.json", Promoted).override
+    assert override is not None
+    assert override.rules == ["experts_shrink"]
     compared = lightship("compare", released[0].name[:6], other.name[:6])
     assert compared.returncode == 0, compared.stderr
     assert "quantization.method" in compared.stdout
+    assert f"answers of {released[0].name} and {other.name}, in pairs: " in compared.stdout
     promoted = lightship("promote", released[0].name[:6])
     assert promoted.returncode == 0, promoted.stderr
     assert "became champion" in promoted.stdout
