@@ -5,7 +5,7 @@ lightship report RELEASE
 
 from pathlib import Path
 
-from lightship.eval.questions import read_questions
+from lightship.eval.questions import load_questions, read_questions
 from lightship.eval.report import ReportData
 from lightship.files import read_json
 from lightship.records import (
@@ -40,7 +40,8 @@ def read_evidence(directory: Path) -> ReportData:
     ]
     if verdict.decision == "pass" and not (directory / "promoted.json").is_file():
         next_commands.append(f"lightship promote {release.release_id} --home {directory.parent.parent}")
-    questions = read_questions(Path(release.recipe.accuracy.questions)).test
+    task = release.recipe.accuracy
+    questions = (read_questions(Path(task.questions)) if task.questions else load_questions(task.revision)).test
     return ReportData(
         release_id=release.release_id,
         model=release.recipe.model,

@@ -36,4 +36,5 @@ def check_inputs(source: Path, recipe_path: Path) -> None:
                 f"the recipe {recipe_path}: {where} is {tokens}, the model's context {context}; lower it"
             )
     digest_of_text([*recipe.calibration.sources, *recipe.fidelity.sources])
-    read_questions(Path(recipe.accuracy.questions))
+    if recipe.accuracy.questions is not None:
+        read_questions(Path(recipe.accuracy.questions))
