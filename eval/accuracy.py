@@ -2,8 +2,9 @@
 
     lightship evaluate http://127.0.0.1:8000 --tokenizer demo/checkpoint --recipe recipes/demo.toml
 
-The questions are a directory's, or the Hub's. Every answer is in `work/answers.jsonl` as soon as it is given, so that the
-same command goes on after an interruption and asks only what is missing. What lm-eval logs is in `work/lm-eval.log`.
+The questions are a directory's, or the Hub's. Every answer is in `work/answers.jsonl` as soon as it is given, so that
+the same command goes on after an interruption and asks only what is missing. lm-eval's own log is
+`work/lm-eval.log`.
 """
 
 import logging
@@ -20,7 +21,7 @@ import msgspec
 from lightship.endpoint import Endpoint
 from lightship.errors import EvaluationError
 from lightship.eval.answer_log import AnswerLog
-from lightship.eval.asking import AskedText, asking_model, identify_served, log_path, prompt_digest
+from lightship.eval.asking import AskedText, asking_model, identify_served, prompt_digest
 from lightship.eval.questions import Question, Questions, draw, load_questions, read_questions
 from lightship.eval.tasks import STOCK_MAX_TOKENS, LoadedTask, check_subjects, load_task, mmlu_pro_tasks
 from lightship.files import digest_of
@@ -29,6 +30,7 @@ from lightship.records import Accuracy, AnsweredQuestion, TaskResult, TaskSample
 
 log = logging.getLogger("lm_eval")
 
+ANSWERS = "answers.jsonl"
 INVALID = "[invalid]"
 """What lm-eval's regex filter says where it finds nothing."""
 
@@ -51,7 +53,7 @@ def evaluate(endpoint: Endpoint, task: AccuracyTask, work: Path) -> Accuracy:
     asked = Questions(draw(questions.test, task.limit, task.seed), questions.validation)
     served = identify_served(endpoint)
     work.mkdir(parents=True, exist_ok=True)
-    with _quiet_lm_eval(work / "lm-eval.log"), AnswerLog.open(log_path(work)) as answers:
+    with _quiet_lm_eval(work / "lm-eval.log"), AnswerLog.open(work / ANSWERS) as answers:
         tasks = mmlu_pro_tasks(name, asked, task.max_tokens)
         more = [load_task(source, task.seed, task) for source in task.task_sources]
         model = asking_model(endpoint, task, answers, served)

@@ -6,7 +6,6 @@ Both decode greedily from the same prompts, so any difference is the quantizatio
 and agree little; this says so. It does not say which one is better.
 """
 
-import os
 from statistics import fmean
 
 from lightship.errors import EvaluationError
@@ -23,7 +22,7 @@ def measure_agreement(source: Accuracy, quantized: Accuracy) -> Agreement:
     if others.keys() != {a.question_id for a in source.answers}:
         raise EvaluationError("the two models did not answer the same questions; evaluate both with one recipe")
     pairs = [(a, others[a.question_id]) for a in source.answers]
-    prefixes = [len(os.path.commonprefix([a.text, b.text])) for a, b in pairs]
+    prefixes = [_common_prefix(a.text, b.text) for a, b in pairs]
     longest = [max(len(a.text), len(b.text)) for a, b in pairs]
     return Agreement(
         questions=len(pairs),
@@ -32,3 +31,8 @@ def measure_agreement(source: Accuracy, quantized: Accuracy) -> Agreement:
         common_prefix=fmean(prefixes),
         common_share=fmean(p / n if n else 1.0 for p, n in zip(prefixes, longest, strict=True)),
     )
+
+
+def _common_prefix(a: str, b: str) -> int:
+    """Characters before the texts part."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

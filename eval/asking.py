@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cache
-from pathlib import Path
 from typing import Any, cast
 
 from lightship.endpoint import API_KEY_VARIABLE, Endpoint
@@ -103,7 +102,7 @@ def prompt_digest(prompt: Any) -> str:
     return digest_of(getattr(prompt, "prompt", prompt))
 
 
-class _Failed(Exception):
+class _AttemptError(Exception):
     """An attempt that may be repeated."""
 
     def __init__(self, why: str, pause: float = 0.0) -> None:
@@ -160,9 +159,11 @@ class _Asking:
 
                 async def ask(n: int) -> None:
                     async with in_flight:
-                        outputs = await self._send(session, payloads[n], generate)
+                        outputs = await self._send(session, payloads[n])
                     try:
-                        answer = self._logged(keys[n], prompts[n], outputs, requests[n], ctxlens and ctxlens[n])
+                        answer = self._logged(
+                            keys[n], prompts[n], outputs, requests[n], ctxlens[n] if ctxlens else None
+                        )
                     except (LookupError, TypeError, AttributeError, ValueError, AssertionError) as error:
                         raise EvaluationError(
                             f"{self.base_url} gives no answer that lm-eval can read ({type(error).__name__}: {error}); "
@@ -192,12 +193,12 @@ class _Asking:
         self.asked[wording] += 1
         return digest_of([wording, self.asked[wording]])
 
-    async def _send(self, session: Any, payload: dict[str, Any], generate: bool) -> Any:
+    async def _send(self, session: Any, payload: dict[str, Any]) -> Any:
         """The server's answer; a request that fails for the time being is sent again, after longer and longer."""
         for attempt in range(ATTEMPTS):
             try:
-                return await self._attempt(session, payload, generate)
-            except _Failed as failure:
+                return await self._attempt(session, payload)
+            except _AttemptError as failure:
                 log.warning("attempt %d of %d failed: %s", attempt + 1, ATTEMPTS, failure)
                 last = failure
             if attempt + 1 < ATTEMPTS:
@@ -207,7 +208,7 @@ class _Asking:
             f"{self.answers.path}, and the same command goes on from there"
         )
 
-    async def _attempt(self, session: Any, payload: dict[str, Any], generate: bool) -> Any:
+    async def _attempt(self, session: Any, payload: dict[str, Any]) -> Any:
         from aiohttp import ClientError
 
         try:
@@ -215,16 +216,18 @@ class _Asking:
                 said = _without_key(await response.text(), self.endpoint)
                 if response.status in TEMPORARY or response.status >= 500:
                     wait = response.headers.get("Retry-After", "")
-                    raise _Failed(f"status {response.status}, {said[:SAID]!r}", float(wait) if wait.isdecimal() else 0)
+                    raise _AttemptError(
+                        f"status {response.status}, {said[:SAID]!r}", float(wait) if wait.isdecimal() else 0
+                    )
                 if response.status != 200:
                     raise _refusal(self.base_url, response.status, said)
                 outputs = await response.json(content_type=None)
         except (ClientError, TimeoutError, OSError, ValueError) as error:
             if isinstance(error, EvaluationError):
                 raise
-            raise _Failed(_without_key(str(error), self.endpoint) or type(error).__name__) from error
+            raise _AttemptError(_without_key(str(error), self.endpoint) or type(error).__name__) from error
         if not (isinstance(outputs, dict) and outputs.get("choices")):
-            raise _Failed(f"an answer without choices, {said[:SAID]!r}")
+            raise _AttemptError(f"an answer without choices, {said[:SAID]!r}")
         return outputs
 
     def _logged(self, key: str, prompt: str, outputs: Any, request: Any, ctxlen: int | None) -> LoggedAnswer:
@@ -285,8 +288,3 @@ def _refusal(url: str, status: int, said: str) -> EvaluationError:
         400: "a prompt longer than the model's context, or a setting that this server does not take, ends like this",
     }.get(status, "see the server's log")
     return EvaluationError(f"{url} refuses the request with status {status}, {said[:SAID]!r}; {next_step}")
-
-
-def log_path(work: Path) -> Path:
-    """Where the answers of an evaluation are kept."""
-    return work / "answers.jsonl"

@@ -10,6 +10,7 @@ from lightship.eval.report import ReportData
 from lightship.files import read_json
 from lightship.records import (
     Accuracy,
+    Agreement,
     Calibration,
     Comparison,
     Fidelity,
@@ -55,6 +56,7 @@ def read_evidence(directory: Path) -> ReportData:
         staged=staged,
         source_accuracy=read_json(directory / "source-accuracy.json", Accuracy),
         quantized_accuracy=read_json(directory / "accuracy.json", Accuracy),
+        agreement=read_json(directory / "agreement.json", Agreement),
         comparison=read_json(directory / "comparison.json", Comparison),
         fidelity=read_json(directory / "fidelity.json", Fidelity),
         throughput=read_json(directory / "throughput.json", Throughput),

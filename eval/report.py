@@ -18,6 +18,7 @@ from lightship.eval.report_style import CSS
 from lightship.files import write_text
 from lightship.records import (
     Accuracy,
+    Agreement,
     AnsweredQuestion,
     Calibration,
     Comparison,
@@ -68,6 +69,7 @@ class ReportData:
     staged: Staged
     source_accuracy: Accuracy
     quantized_accuracy: Accuracy
+    agreement: Agreement
     comparison: Comparison
     fidelity: Fidelity
     throughput: Throughput
@@ -180,12 +182,15 @@ def _gate(verdict: Verdict) -> str:
 
 
 def _same_model(release: ReportData) -> str:
-    c = release.comparison
+    c, a = release.comparison, release.agreement
     return (
         "<h2>Is it still the same model?</h2>"
         f"<p>Both models answered the same {c.questions:,} questions. {len(c.lost)} got the right answer from the "
         f"source only, {len(c.gained)} from the quantized one only; on the other "
         f"{c.questions - len(c.lost) - len(c.gained):,} both are right or both are wrong.</p>"
+        f"<p>Both decode greedily. They gave the same answer to {_percent(a.same_answer)} of the questions, right or "
+        f"wrong, and the same text to {_percent(a.same_text)}; on average the texts part after {a.common_prefix:,.0f} "
+        f"characters, {_percent(a.common_share)} of the longer one.</p>"
         + _figure(
             "Accuracy by category",
             plots.accuracy_by_category(release.source_accuracy, release.quantized_accuracy),

@@ -117,8 +117,8 @@ def load_task(source: TaskSource, seed: int, settings: AccuracyTask | None = Non
         settings: how it will be asked; of a reasoning model, the least number of tokens that it may generate.
 
     Raises:
-        EvaluationError: lm-eval has no such task, it needs a package or the Hub and there is none, its local data cannot
-            be used, it runs code that the model wrote, or the chat API cannot answer it.
+        EvaluationError: lm-eval has no such task, it needs a package or the Hub and there is none, its local data
+            cannot be used, it runs code that the model wrote, or the chat API cannot answer it.
     """
     try:
         loaded = _load_local(source) if source.path is not None else _load_stock(source)
@@ -131,8 +131,8 @@ def load_task(source: TaskSource, seed: int, settings: AccuracyTask | None = Non
             raise EvaluationError(f"the task {name!r} runs code that the model wrote, which lightship does not do")
         if settings and settings.api == "chat" and leaf.OUTPUT_TYPE not in TEXT_TASKS:
             raise EvaluationError(
-                f'the task {name!r} compares log-probabilities, which the chat API does not give; use api = "completions", '
-                "or a task that reads the text of an answer"
+                f"the task {name!r} compares log-probabilities, which the chat API does not give; use "
+                'api = "completions", or a task that reads the text of an answer'
             )
         leaf.set_fewshot_seed(seed)
     overrides = dict(loaded.overrides)
@@ -184,7 +184,7 @@ def _load_local(source: TaskSource) -> LoadedTask:
         raise EvaluationError(f"{source.name!r} is a group of tasks; a local path can be given for a single task only")
     folder = Path(source.path)
     names = all_splits(folder)
-    wanted = {config.get(k) for k in ("test_split", "validation_split", "fewshot_split")} - {None}
+    wanted = {str(config[k]) for k in ("test_split", "validation_split", "fewshot_split") if config.get(k)}
     if not wanted & set(names) or config.get("fewshot_split") not in (None, *names):
         raise EvaluationError(
             f"the task {source.name!r} reads the splits {', '.join(sorted(wanted))}, and {folder} has "
@@ -194,9 +194,7 @@ def _load_local(source: TaskSource) -> LoadedTask:
         {name: datasets.Dataset.from_list([row for _, row in read_split(folder, name)]) for name in names}
     )
     try:
-        task = ConfigurableTask(
-            config=config | {"custom_dataset": lambda **_: splits, "dataset_kwargs": None}
-        )
+        task = ConfigurableTask(config=config | {"custom_dataset": lambda **_: splits, "dataset_kwargs": None})
     except ImportError:
         raise
     except Exception as error:  # whatever a task's own functions raise on rows that are not as it expects them
@@ -204,7 +202,11 @@ def _load_local(source: TaskSource) -> LoadedTask:
             f"the rows of {folder} are not those of the task {source.name!r} ({type(error).__name__}: {error}); they "
             f"have the columns {', '.join(splits[names[0]].column_names)}"
         ) from error
-    return LoadedTask(source.name, {source.name: task}, overrides={"dataset": f"{folder.name} sha256:{digest_of_splits(folder, names)}"})
+    return LoadedTask(
+        source.name,
+        {source.name: task},
+        overrides={"dataset": f"{folder.name} sha256:{digest_of_splits(folder, names)}"},
+    )
 
 
 @cache

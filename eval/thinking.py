@@ -40,8 +40,8 @@ def read_reasoning(text: str, thinking: str | None, finish: str | None, stops: l
         stops: texts before which the answer ends.
     """
     cut = finish == CUT
-    head, ended, answer = text.rpartition(END)
-    if not ended and (head := text.lstrip()).startswith(BEGIN):
+    _, ended, answer = text.rpartition(END)
+    if not ended and text.lstrip().startswith(BEGIN):
         return Reply("", True)
     if not ended and not thinking and cut:
         # Nothing says where the thinking ends, so none of this is known to be the answer.

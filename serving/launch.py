@@ -62,9 +62,7 @@ class Launched:
     def _identity(self) -> str:
         """Of the files that are served and of the settings that change what comes out."""
         settings = self.settings
-        return digest_of(
-            [Checkpoint.open(self.path).fingerprint(), settings.engine, settings.tp, settings.activations]
-        )
+        return digest_of([Checkpoint.open(self.path).fingerprint(), settings.engine, settings.tp, settings.activations])
 
     def wait_until_ready(self) -> None:
         """Return when the server has said that it is ready, and /health at its address answers 200.

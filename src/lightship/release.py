@@ -185,7 +185,9 @@ def digest_of_questions(task: AccuracyTask) -> str:
         hub = TextSource(scene="questions", dataset=HUB_QUESTIONS, split="test", revision=task.revision)
         questions = digest_of_rows(hub)
     local = {s.name: Path(s.path) for s in task.task_sources if s.path is not None}
-    return digest_of([questions, {name: digest_of_splits(folder, all_splits(folder)) for name, folder in local.items()}])
+    return digest_of(
+        [questions, {name: digest_of_splits(folder, all_splits(folder)) for name, folder in local.items()}]
+    )
 
 
 @cache
@@ -204,6 +206,15 @@ def digest_of_code(packages: tuple[str, ...] = PACKAGES) -> str:
 def versions() -> dict[str, str]:
     """Versions of what a release rests on."""
     return {"lightship": __version__, "python": platform.python_version(), **{p: version(p) for p in ENGINE_PACKAGES}}
+
+
+def evaluation_directory(home: Path, target: str, recipe: Recipe) -> Path:
+    """Where `lightship evaluate` keeps the answers of a checkpoint or a URL: the same command, the same place.
+
+    How many are asked, and where the questions lie, does not count: each answer knows what was asked.
+    """
+    where = target.rstrip("/") if "://" in target else str(Path(target).resolve())
+    return home / "evaluations" / digest_of([where, task_name(recipe), digest_of_code()])[:ID_LENGTH]
 
 
 def find_release(home: Path, release_id: str) -> ReleaseFile:
