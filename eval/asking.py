@@ -55,7 +55,7 @@ def asking_model(endpoint: Endpoint, task: AccuracyTask, answers: AnswerLog, ser
         served: the identity of what the endpoint serves, see `identify_served`.
     """
     chat = task.api == "chat"
-    return _model_class(task.api)(
+    model = _model_class(task.api)(
         endpoint,
         task,
         answers,
@@ -68,6 +68,10 @@ def asking_model(endpoint: Endpoint, task: AccuracyTask, answers: AnswerLog, ser
         num_concurrent=max(2, task.concurrency),
         max_length=NO_LIMIT,
     )
+    if not chat:
+        # The tokenizer would warn about prompts that the server may well take.
+        model.tokenizer.model_max_length = NO_LIMIT
+    return model
 
 
 def identify_served(endpoint: Endpoint) -> str:
@@ -148,31 +152,23 @@ class _Asking:
         keys = [self._key(payload) for payload in payloads]
         prompts = [prompt_digest(cache_key[0] if generate else list(cache_key)) for cache_key in cache_keys]
         missing = [n for n, key in enumerate(keys) if self.answers.get(key) is None]
+        unasked = iter(missing)
         known = len(keys) - len(missing)
         what = f"asking {self.endpoint.model}{f', {known} of {len(keys)} answered before' if known else ''}"
         bar = cast("Generator[int]", tracked(range(len(missing) + 1), what))
-        in_flight = asyncio.Semaphore(self.task.concurrency)
         timeout, connector = ClientTimeout(total=REQUEST_SECONDS), TCPConnector(limit=self.task.concurrency)
         with closing(bar) as progress:
             next(progress)
             async with ClientSession(connector=connector, timeout=timeout, headers=self.endpoint.headers) as session:
 
-                async def ask(n: int) -> None:
-                    async with in_flight:
+                async def ask_on() -> None:
+                    for n in unasked:
                         outputs = await self._send(session, payloads[n])
-                    try:
-                        answer = self._logged(
-                            keys[n], prompts[n], outputs, requests[n], ctxlens[n] if ctxlens else None
-                        )
-                    except (LookupError, TypeError, AttributeError, ValueError, AssertionError) as error:
-                        raise EvaluationError(
-                            f"{self.base_url} gives no answer that lm-eval can read ({type(error).__name__}: {error}); "
-                            f"it said {_without_key(str(outputs), self.endpoint)[:SAID]}"
-                        ) from error
-                    self.answers.add(answer)
-                    next(progress, None)
+                        ctxlen = ctxlens[n] if ctxlens else None
+                        self.answers.add(self._logged(keys[n], prompts[n], outputs, requests[n], ctxlen))
+                        next(progress, None)
 
-                await _all_or_first_error([ask(n) for n in missing])
+                await _all_or_first_error([ask_on() for _ in range(self.task.concurrency)])
         found = [self.answers.get(key) for key in keys]
         return [[self._read(answer, generate, stops)] for answer in found]
 
@@ -231,16 +227,21 @@ class _Asking:
         return outputs
 
     def _logged(self, key: str, prompt: str, outputs: Any, request: Any, ctxlen: int | None) -> LoggedAnswer:
-        if ctxlen is not None:
-            ((logprob, greedy),) = self.parse_logprobs(outputs, tokens=[request], ctxlens=[ctxlen])  # type: ignore[attr-defined]
-            return LoggedAnswer(key=key, prompt=prompt, logprob=float(logprob), greedy=bool(greedy))
-        choice = outputs["choices"][0]
-        message = choice["message"] if self.task.api == "chat" else choice
-        text = message["content" if self.task.api == "chat" else "text"]
-        thinking = message.get("reasoning_content") or message.get("reasoning")
-        return LoggedAnswer(
-            key=key, prompt=prompt, text=text or "", thinking=thinking, finish=choice.get("finish_reason")
-        )
+        try:
+            if ctxlen is not None:
+                ((logprob, greedy),) = self.parse_logprobs(outputs, tokens=[request], ctxlens=[ctxlen])  # type: ignore[attr-defined]
+                return LoggedAnswer(key=key, prompt=prompt, logprob=float(logprob), greedy=bool(greedy))
+            choice = outputs["choices"][0]
+            message = choice["message"] if self.task.api == "chat" else choice
+            text = message["content" if self.task.api == "chat" else "text"]
+            thinking = message.get("reasoning_content") or message.get("reasoning")
+        except (LookupError, TypeError, AttributeError, ValueError, AssertionError) as error:
+            raise EvaluationError(
+                f"{self.base_url} gives no answer that lm-eval can read ({type(error).__name__}: {error}); "
+                f"it said {_without_key(str(outputs), self.endpoint)[:SAID]}"
+            ) from error
+        finish = choice.get("finish_reason")
+        return LoggedAnswer(key=key, prompt=prompt, text=text or "", thinking=thinking, finish=finish)
 
     def _read(self, answer: LoggedAnswer | None, generate: bool, stops: list[str]) -> Any:
         assert answer is not None, "every request was answered"

@@ -41,6 +41,7 @@ def serving(
     seconds: float = 0.0,
     message: dict[str, Any] | None = None,
     key: str | None = None,
+    names: tuple[str, ...] = ("tiny",),
 ) -> Iterator[Stub]:
     """Serve until the block ends.
 
@@ -53,6 +54,7 @@ def serving(
         fails: a status with which the n-th request is answered, or 0 to close its connection.
         seconds: how long an answer that is not streamed takes.
         message: more of a chat answer's message, `reasoning_content` for one.
+        names: the models that it lists.
         key: refuse requests without this API key, and repeat in the refusal the one that was given.
     """
     from transformers import AutoTokenizer
@@ -66,7 +68,7 @@ def serving(
         def do_GET(self) -> None:
             stub.keys.append(self.headers["Authorization"])
             if key is None or self.headers["Authorization"] == f"Bearer {key}":
-                self._send({"data": [{"id": "tiny"}]})
+                self._send({"data": [{"id": name} for name in names]})
             else:
                 self._send({"error": {"message": f"{self.headers['Authorization']} is not a key"}}, 401)
 
