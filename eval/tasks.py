@@ -23,6 +23,8 @@ from lightship.splits import all_splits, digest_of_splits, read_split
 STOCK_CATEGORY = "biology"
 """The stock task whose YAML is the template of ours; the fourteen differ only in this word."""
 STOCK_MAX_TOKENS = 2048
+DEFAULT_MAX_TOKENS = 256
+"""What lm-eval generates at most for a task that says nothing about it."""
 MOST_NAMED = 5
 TEXT_TASKS = ("generate_until",)
 """The kinds of task that the chat API can answer: it gives no log-probabilities of a prompt."""
@@ -155,8 +157,10 @@ def _give_room(leaves: dict[str, Any], max_tokens: int) -> dict[str, str]:
     raised = [leaf for leaf in leaves.values() if leaf.OUTPUT_TYPE in TEXT_TASKS]
     for leaf in raised:
         own = leaf.config.generation_kwargs or {}
-        leaf.config.generation_kwargs = own | {"max_gen_toks": max(max_tokens, own.get("max_gen_toks", 0))}
-    return {"max_gen_toks": str(max_tokens), "thinking": "stripped, stop texts applied after it"} if raised else {}
+        leaf.config.generation_kwargs = own | {
+            "max_gen_toks": max(max_tokens, own.get("max_gen_toks", DEFAULT_MAX_TOKENS))
+        }
+    return {"max_gen_toks": f"{max_tokens} or more"} if raised else {}
 
 
 def _load_stock(source: TaskSource) -> LoadedTask:

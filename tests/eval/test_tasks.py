@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from lightship.errors import EvaluationError
 from lightship.eval.accuracy import evaluate
@@ -103,11 +104,16 @@ def test_a_reasoning_model_gets_room_in_every_task_and_its_thinking_is_stripped(
     gsm8k: Path, questions: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     thinks = lambda prompt: ("<think>Question: #### 7</think>" + adds(prompt)[0], "stop")  # noqa: E731
-    with serving(tokenizer, thinks) as server:
-        task = asking(questions, TaskSource(name="gsm8k", path=str(gsm8k)), reasoning=True)
-        (result,) = evaluate(server.endpoint, task, tmp_path / "work").tasks
-    bodies = [b for b, p in zip(server.bodies, server.prompts, strict=True) if p.startswith("Question: What is ")]
-    assert {(b["max_tokens"], "stop" in b) for b in bodies} == {(256, False)}
+    limits = []
+    for max_tokens in (64, 4096):
+        with serving(tokenizer, thinks) as server:
+            source = TaskSource(name="gsm8k", path=str(gsm8k))
+            task = replace(asking(questions, source, reasoning=True), max_tokens=max_tokens)
+            (result,) = evaluate(server.endpoint, task, tmp_path / f"work-{max_tokens}").tasks
+        pairs = zip(server.bodies, server.prompts, strict=True)
+        limits += [(b["max_tokens"], "stop" in b) for b, p in pairs if p.startswith("Question: What is ")]
+    assert limits == [(256, False)] * 8 + [(4096, False)] * 8, "lm-eval's own limit where that is larger"
+    assert result.overrides["max_gen_toks"] == "4096 or more"
     assert result.overrides["thinking"] == "stripped, stop texts applied after it"
     assert result.metrics["exact_match/strict-match"] == 0.5
 
@@ -136,9 +142,10 @@ def test_a_task_that_cannot_be_had_says_why(source: TaskSource, message: str) ->
         load_task(source, 0)
 
 
-def test_local_rows_of_another_task_are_named(gsm8k: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"arc_easy.*reads the splits test, validation"):
-        load_task(TaskSource(name="arc_easy", path=str(gsm8k / "..")), 0)
+def test_a_folder_without_the_tasks_splits_is_named(tmp_path: Path) -> None:
+    folder = write_split(tmp_path, "heldout", [{"question": "?"}])
+    with pytest.raises(EvaluationError, match=r"'arc_easy' reads the splits test, validation, and .* has heldout"):
+        load_task(TaskSource(name="arc_easy", path=str(folder)), 0)
 
 
 def test_rows_without_a_tasks_columns_are_named(tmp_path: Path) -> None:
