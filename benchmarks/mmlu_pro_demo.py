@@ -155,8 +155,8 @@ def markdown(result: dict[str, Any], sentences: dict[str, str]) -> str:
         "# MMLU-Pro through the local engine",
         "",
         f"`{result['command']}`, {result['machine']}, {result['date']}. The embedded model knows nothing of these "
-        "subjects, was trained on shorter prompts, and gives next to no letter; guessing would give about 10 %. This proves "
-        "the path of the questions, and nothing about a model.",
+        "subjects, was trained on shorter prompts, and gives next to no letter; guessing would give about 10 %. This "
+        "proves the path of the questions, and nothing about a model.",
         "",
         f"Stock prompts of lm-eval's `mmlu_pro`, all {len(result['subjects'])} subjects, "
         f"{sum(result['subjects'].values())} questions ({result['overrides']['limit']}), answers of at most "

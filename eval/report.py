@@ -145,6 +145,7 @@ def _summary(release: ReportData) -> str:
             f"{_points(0.0 - comparison.loss)} points<small>95 %: {_points(-comparison.loss_high)} to "
             f"{_points(-comparison.loss_low)}; p = {comparison.p_value:.2g}</small>",
         ),
+        *_further_tasks(source, quantized),
         _row("Answers cut by the token limit", _percent(source.truncated), _percent(quantized.truncated), ""),
         _row("Answers without a readable letter", _percent(source.unparsed), _percent(quantized.unparsed), ""),
         _row(
@@ -168,6 +169,20 @@ def _summary(release: ReportData) -> str:
     ]
     head = '<tr><th></th><th class="num">Source</th><th class="num">Quantized</th><th class="num">Change</th></tr>'
     return f'<h2>Summary</h2><div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+
+
+def _further_tasks(source: Accuracy, quantized: Accuracy) -> list[str]:
+    after = {task.task: task.metrics for task in quantized.tasks}
+    return [
+        _row(
+            f"{escape(task.task)}<small>{escape(metric)}, {len(task.samples):,} documents</small>",
+            _percent(value),
+            _percent(after[task.task][metric]),
+            f"{_points(after[task.task][metric] - value)} points",
+        )
+        for task in source.tasks
+        for metric, value in task.metrics.items()
+    ]
 
 
 def _gate(verdict: Verdict) -> str:

@@ -8,6 +8,7 @@ category and the task's name are ours. Of other tasks nothing is changed but the
 """
 
 import difflib
+import logging
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from lightship.errors import EvaluationError
 from lightship.eval.questions import Questions, draw_evenly, hub_error
 from lightship.recipe import HUB_NAME, AccuracyTask, TaskSource
 from lightship.splits import all_splits, digest_of_splits, read_split
+
+log = logging.getLogger("lm_eval")
 
 STOCK_CATEGORY = "biology"
 """The stock task whose YAML is the template of ours; the fourteen differ only in this word."""
@@ -152,14 +155,28 @@ def load_task(source: TaskSource, seed: int, settings: AccuracyTask | None = Non
     return LoadedTask(source.name, leaves, *groups, documents, overrides)
 
 
+def check_tasks(settings: AccuracyTask) -> None:
+    """Refuse further tasks that could not be asked, before hours are spent on what comes first.
+
+    Raises:
+        EvaluationError: as `load_task`.
+    """
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        for source in settings.task_sources:
+            load_task(source, settings.seed, settings)
+    finally:
+        log.setLevel(level)
+
+
 def _give_room(leaves: dict[str, Any], max_tokens: int) -> dict[str, str]:
     """Let tasks whose own limit is smaller generate `max_tokens`."""
     raised = [leaf for leaf in leaves.values() if leaf.OUTPUT_TYPE in TEXT_TASKS]
     for leaf in raised:
         own = leaf.config.generation_kwargs or {}
-        leaf.config.generation_kwargs = own | {
-            "max_gen_toks": max(max_tokens, own.get("max_gen_toks", DEFAULT_MAX_TOKENS))
-        }
+        room = max(max_tokens, own.get("max_gen_toks", DEFAULT_MAX_TOKENS))
+        leaf.config.generation_kwargs = own | {"max_gen_toks": room}
     return {"max_gen_toks": f"{max_tokens} or more"} if raised else {}
 
 
