@@ -393,8 +393,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         (work / ANSWERS).unlink(missing_ok=True)
     key = read_api_key(arguments.api_key_file)
     tokenizer = arguments.tokenizer or (Path() if task.api == "chat" else None)
-    work.mkdir(parents=True, exist_ok=True)
-    with _served(recipe, work, tokenizer, arguments.target, key=key, model=arguments.model) as (endpoint,):
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        _served(recipe, Path(logs), tokenizer, arguments.target, key=key, model=arguments.model) as (endpoint,),
+    ):
         accuracy = evaluate(endpoint, task, work)
     show(accuracy_table(accuracy))
     if accuracy.tasks:

@@ -41,7 +41,7 @@ class Endpoint:
             answer = httpx.get(where, timeout=10, trust_env=False, headers=endpoint.headers).raise_for_status()
             return replace(endpoint, model=answer.json()["data"][0]["id"])
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-            raise ServingError(f"{where} does not list a model ({error}); is the server up?") from error
+            raise ServingError(f"{where} does not list a model ({error}); is it up, and the key right?") from error
 
     @property
     def headers(self) -> dict[str, str]:

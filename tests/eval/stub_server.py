@@ -30,7 +30,7 @@ class Stub:
 
 @contextmanager
 def serving(
-    tokenizer: Path,
+    tokenizer: Path | None,
     reply: Callable[[str], Reply] = lambda _: ("", "stop"),
     *,
     status: int = 200,
@@ -46,6 +46,7 @@ def serving(
     """Serve until the block ends.
 
     Args:
+        tokenizer: of the prompts; chat has none.
         reply: prompt text -> text and finish_reason, for requests that are not streamed.
         status: answer every completion with this status.
         seconds_per_token: how long a streamed token takes.
@@ -57,9 +58,7 @@ def serving(
         names: the models that it lists.
         key: refuse requests without this API key, and repeat in the refusal the one that was given.
     """
-    from transformers import AutoTokenizer
-
-    decode = AutoTokenizer.from_pretrained(tokenizer).decode
+    decode = _decoder(tokenizer) if tokenizer else str
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -131,7 +130,7 @@ def serving(
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    stub = Stub(Endpoint(f"http://127.0.0.1:{server.server_port}", "tiny", tokenizer))
+    stub = Stub(Endpoint(f"http://127.0.0.1:{server.server_port}", "tiny", tokenizer or Path()))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -140,3 +139,10 @@ def serving(
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _decoder(tokenizer: Path) -> Callable[[list[int]], str]:
+    from transformers import AutoTokenizer
+
+    decode: Callable[[list[int]], str] = AutoTokenizer.from_pretrained(tokenizer).decode
+    return decode

@@ -30,7 +30,7 @@ def task(questions: Path, **settings: Any) -> AccuracyTask:
 
 def knows(questions: Path) -> Any:
     """A model that knows the test questions."""
-    rows = [json.loads(line) for line in (questions / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (questions / "test.jsonl").read_bytes().splitlines()]
     answers = {r["question"]: r["answer"] for r in rows}
 
     def reply(prompt: str) -> Reply:
@@ -48,7 +48,7 @@ def stock_prompts(questions: Path, categories: list[str], folder: Path, monkeypa
     data = folder / "TIGER-Lab" / "MMLU-Pro" / "data"
     data.mkdir(parents=True)
     for split in ("test", "validation"):
-        rows = [json.loads(line) for line in (questions / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in (questions / f"{split}.jsonl").read_bytes().splitlines()]
         datasets.Dataset.from_list(rows).to_parquet(data / f"{split}-00000-of-00001.parquet")
     monkeypatch.chdir(folder)
     manager = lm_eval.tasks.TaskManager(
