@@ -21,8 +21,9 @@ import msgspec
 from lightship.endpoint import Endpoint
 from lightship.errors import EvaluationError
 from lightship.eval.answer_log import AnswerLog
-from lightship.eval.asking import AskedText, asking_model, identify_served, prompt_digest
+from lightship.eval.asking import AskedText, asking_model, prompt_digest
 from lightship.eval.questions import Question, Questions, draw, load_questions, read_questions
+from lightship.eval.sending import identify_served
 from lightship.eval.tasks import STOCK_MAX_TOKENS, LoadedTask, check_subjects, load_task, mmlu_pro_tasks
 from lightship.files import digest_of
 from lightship.recipe import AccuracyTask

@@ -3,42 +3,30 @@
     model = asking_model(endpoint, recipe.accuracy, log)     # give it to lm_eval.evaluator.evaluate
 
 What lm-eval asks and how a request looks is its own code. Ours sends the requests, so that each answer is in the log
-before the next is asked for, an answer in the log is not asked for again, a failed request is sent again after a while,
-and what lasts ends in one message. A greedy request that lm-eval sends several times is asked as often.
+before the next is asked for, and an answer in the log is not asked for again.
+A greedy request that lm-eval sends several times is asked as often.
 """
 
 import asyncio
 import copy
-import logging
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cache
 from typing import Any, cast
 
-from lightship.endpoint import API_KEY_VARIABLE, Endpoint
+from lightship.endpoint import Endpoint
 from lightship.errors import EvaluationError
 from lightship.eval.answer_log import AnswerLog, LoggedAnswer
+from lightship.eval.sending import SAID, send, without_key
 from lightship.eval.thinking import Reply, read_plain, read_reasoning
 from lightship.files import digest_of
 from lightship.progress import tracked
 from lightship.recipe import AccuracyTask
 
-log = logging.getLogger("lm_eval")
-
 REQUEST_SECONDS = 1800
 NO_LIMIT = 2**31
 """lm-eval cuts prompts to this many tokens without a word; let the server refuse them instead."""
-ATTEMPTS = 5
-PAUSE_SECONDS = 0.5
-"""Before the second attempt; twice as long before each further one."""
-LONGEST_PAUSE_SECONDS = 60.0
-TEMPORARY = {408, 409, 425, 429}
-"""Statuses, beside 500 and above, after which the same request may succeed."""
-SAID = 300
-"""Characters of a server's words that an error repeats."""
-STABLE_FIELDS = ("id", "root", "parent", "owned_by", "max_model_len")
-"""Of an entry of /v1/models; others change at every start."""
 
 
 class AskedText(str):
@@ -64,7 +52,7 @@ def asking_model(endpoint: Endpoint, task: AccuracyTask, answers: AnswerLog, ser
         base_url=f"{endpoint.base_url.rstrip('/')}/v1/{'chat/completions' if chat else 'completions'}",
         tokenizer=None if chat else str(endpoint.tokenizer),
         tokenizer_backend=None if chat else "huggingface",
-        # lm-eval sends a single request at a time by other means; ours holds back by its own semaphore.
+        # lm-eval sends a single request at a time by other means; ours holds back by itself.
         num_concurrent=max(2, task.concurrency),
         max_length=NO_LIMIT,
     )
@@ -74,44 +62,9 @@ def asking_model(endpoint: Endpoint, task: AccuracyTask, answers: AnswerLog, ser
     return model
 
 
-def identify_served(endpoint: Endpoint) -> str:
-    """A digest that changes with the model that the endpoint serves, as far as it tells.
-
-    Raises:
-        EvaluationError: it does not answer, refuses the key, or does not serve the endpoint's model.
-    """
-    import httpx
-
-    url = f"{endpoint.base_url.rstrip('/')}/v1/models"
-    try:
-        response = httpx.get(url, timeout=30, trust_env=False, headers=endpoint.headers)
-    except httpx.HTTPError as error:
-        raise EvaluationError(f"{url} does not answer ({error}); is the server up? See `lightship serve`") from error
-    if response.status_code != 200:
-        raise _refusal(url, response.status_code, _without_key(response.text, endpoint))
-    try:
-        entries = {entry["id"]: entry for entry in response.json()["data"]}
-    except (ValueError, LookupError, TypeError) as error:
-        raise EvaluationError(
-            f"{url} does not list models as an OpenAI-compatible server does ({error}); check the URL"
-        ) from error
-    if endpoint.model not in entries:
-        raise EvaluationError(f"{url} serves {', '.join(entries)}, not {endpoint.model}")
-    entry = entries[endpoint.model]
-    return digest_of([{k: entry.get(k) for k in STABLE_FIELDS}, endpoint.identity])
-
-
 def prompt_digest(prompt: Any) -> str:
     """SHA-256 of a request's prompt as lm-eval gives it: a text, chat messages, or a context with a continuation."""
     return digest_of(getattr(prompt, "prompt", prompt))
-
-
-class _AttemptError(Exception):
-    """An attempt that may be repeated."""
-
-    def __init__(self, why: str, pause: float = 0.0) -> None:
-        super().__init__(why)
-        self.pause = pause
 
 
 class _Asking:
@@ -155,20 +108,24 @@ class _Asking:
         unasked = iter(missing)
         known = len(keys) - len(missing)
         what = f"asking {self.endpoint.model}{f', {known} of {len(keys)} answered before' if known else ''}"
-        bar = cast("Generator[int]", tracked(range(len(missing) + 1), what))
+        bar = cast("Generator[int]", tracked(range(len(missing)), what))
         timeout, connector = ClientTimeout(total=REQUEST_SECONDS), TCPConnector(limit=self.task.concurrency)
         with closing(bar) as progress:
-            next(progress)
+            next(progress, None)
             async with ClientSession(connector=connector, timeout=timeout, headers=self.endpoint.headers) as session:
 
                 async def ask_on() -> None:
                     for n in unasked:
-                        outputs = await self._send(session, payloads[n])
+                        outputs = await send(session, self.base_url, payloads[n], self.endpoint)
                         ctxlen = ctxlens[n] if ctxlens else None
                         self.answers.add(self._logged(keys[n], prompts[n], outputs, requests[n], ctxlen))
                         next(progress, None)
 
-                await _all_or_first_error([ask_on() for _ in range(self.task.concurrency)])
+                try:
+                    await _all_or_first_error([ask_on() for _ in range(self.task.concurrency)])
+                except EvaluationError as error:
+                    kept = f"{len(self.answers)} answers are kept in {self.answers.path}"
+                    raise EvaluationError(f"{error}; {kept}, and the same command goes on from there") from error
         found = [self.answers.get(key) for key in keys]
         return [[self._read(answer, generate, stops)] for answer in found]
 
@@ -189,43 +146,6 @@ class _Asking:
         self.asked[wording] += 1
         return digest_of([wording, self.asked[wording]])
 
-    async def _send(self, session: Any, payload: dict[str, Any]) -> Any:
-        """The server's answer; a request that fails for the time being is sent again, after longer and longer."""
-        for attempt in range(ATTEMPTS):
-            try:
-                return await self._attempt(session, payload)
-            except _AttemptError as failure:
-                log.warning("attempt %d of %d failed: %s", attempt + 1, ATTEMPTS, failure)
-                last = failure
-            if attempt + 1 < ATTEMPTS:
-                await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, max(last.pause, PAUSE_SECONDS * 2**attempt)))
-        raise EvaluationError(
-            f"{self.base_url} failed {ATTEMPTS} times on one request: {last}; {len(self.answers)} answers are kept in "
-            f"{self.answers.path}, and the same command goes on from there"
-        )
-
-    async def _attempt(self, session: Any, payload: dict[str, Any]) -> Any:
-        from aiohttp import ClientError
-
-        try:
-            async with session.post(self.base_url, json=payload) as response:
-                said = _without_key(await response.text(), self.endpoint)
-                if response.status in TEMPORARY or response.status >= 500:
-                    wait = response.headers.get("Retry-After", "")
-                    raise _AttemptError(
-                        f"status {response.status}, {said[:SAID]!r}", float(wait) if wait.isdecimal() else 0
-                    )
-                if response.status != 200:
-                    raise _refusal(self.base_url, response.status, said)
-                outputs = await response.json(content_type=None)
-        except (ClientError, TimeoutError, OSError, ValueError) as error:
-            if isinstance(error, EvaluationError):
-                raise
-            raise _AttemptError(_without_key(str(error), self.endpoint) or type(error).__name__) from error
-        if not (isinstance(outputs, dict) and outputs.get("choices")):
-            raise _AttemptError(f"an answer without choices, {said[:SAID]!r}")
-        return outputs
-
     def _logged(self, key: str, prompt: str, outputs: Any, request: Any, ctxlen: int | None) -> LoggedAnswer:
         try:
             if ctxlen is not None:
@@ -238,7 +158,7 @@ class _Asking:
         except (LookupError, TypeError, AttributeError, ValueError, AssertionError) as error:
             raise EvaluationError(
                 f"{self.base_url} gives no answer that lm-eval can read ({type(error).__name__}: {error}); "
-                f"it said {_without_key(str(outputs), self.endpoint)[:SAID]}"
+                f"it said {without_key(str(outputs), self.endpoint)[:SAID]}"
             ) from error
         finish = choice.get("finish_reason")
         return LoggedAnswer(key=key, prompt=prompt, text=text or "", thinking=thinking, finish=finish)
@@ -274,18 +194,3 @@ async def _all_or_first_error(work: list[Any]) -> None:
         for one in running:
             one.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-
-
-def _without_key(said: str, endpoint: Endpoint) -> str:
-    """A server's words without the key that it may have repeated."""
-    return said.replace(endpoint.api_key, "<the API key>") if endpoint.api_key else said
-
-
-def _refusal(url: str, status: int, said: str) -> EvaluationError:
-    next_step = {
-        401: f"give the server's key by --api-key-file or in {API_KEY_VARIABLE}",
-        403: f"give a key that may use it, by --api-key-file or in {API_KEY_VARIABLE}",
-        404: "check the URL and the model's name",
-        400: "a prompt longer than the model's context, or a setting that this server does not take, ends like this",
-    }.get(status, "see the server's log")
-    return EvaluationError(f"{url} refuses the request with status {status}, {said[:SAID]!r}; {next_step}")

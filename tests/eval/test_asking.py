@@ -17,7 +17,7 @@ SECRET = "sk-lightship-4711"
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightship.eval.asking.PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("lightship.eval.sending.PAUSE_SECONDS", 0.001)
 
 
 def task(questions: Path, **settings: Any) -> AccuracyTask:
