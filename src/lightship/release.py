@@ -211,10 +211,11 @@ def versions() -> dict[str, str]:
 def evaluation_directory(home: Path, target: str, recipe: Recipe) -> Path:
     """Where `lightship evaluate` keeps the answers of a checkpoint or a URL: the same command, the same place.
 
-    How many are asked, and where the questions lie, does not count: each answer knows what was asked.
+    How many are asked, and where the questions lie, does not count: each answer knows what was asked. Of a checkpoint our
+    own code does, since it computes the answers.
     """
-    where = target.rstrip("/") if "://" in target else str(Path(target).resolve())
-    return home / "evaluations" / digest_of([where, task_name(recipe), digest_of_code()])[:ID_LENGTH]
+    what = [target.rstrip("/")] if "://" in target else [str(Path(target).resolve()), digest_of_code()]
+    return home / "evaluations" / digest_of([*what, task_name(recipe)])[:ID_LENGTH]
 
 
 def find_release(home: Path, release_id: str) -> ReleaseFile:
