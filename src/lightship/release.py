@@ -211,8 +211,8 @@ def versions() -> dict[str, str]:
 def evaluation_directory(home: Path, target: str, recipe: Recipe) -> Path:
     """Where `lightship evaluate` keeps the answers of a checkpoint or a URL: the same command, the same place.
 
-    How many are asked, and where the questions lie, does not count: each answer knows what was asked. Of a checkpoint our
-    own code does, since it computes the answers.
+    How many are asked, and where the questions lie, does not count: each answer knows what was asked. Of a checkpoint
+    our own code does, since it computes the answers.
     """
     what = [target.rstrip("/")] if "://" in target else [str(Path(target).resolve()), digest_of_code()]
     return home / "evaluations" / digest_of([*what, task_name(recipe)])[:ID_LENGTH]
