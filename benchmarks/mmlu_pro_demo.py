@@ -172,12 +172,11 @@ def markdown(result: dict[str, Any], sentences: dict[str, str]) -> str:
         "average.",
         "",
         f"The source's evaluation was killed (SIGKILL) at {' and '.join(map(str, kills['answers_when_killed']))} "
-        f"answers. The same command then went on and ended after {kills['seconds_after_the_last_kill']:.0f} s; "
-        f"undisturbed it takes {kills['seconds_undisturbed']:.0f} s. "
+        "answers, and the same command went on to the end. "
         + (
-            "Both give the same answers."
+            "It gives the same answers as an evaluation that was not disturbed."
             if kills["answers_as_undisturbed"]
-            else "**They do not give the same answers.**"
+            else "**It does not give the answers of an evaluation that was not disturbed.**"
         ),
         "",
         "| subject | questions |",
