@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partialmethod
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -179,7 +178,7 @@ def _quiet_lm_eval(path: Path) -> Iterator[None]:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    tqdm.tqdm.__init__ = partialmethod(tqdm.tqdm.__init__, disable=True)
+    tqdm.tqdm.__init__ = lambda bar, *given, **named: before[2](bar, *given, **named | {"disable": True})
     try:
         yield
     finally:

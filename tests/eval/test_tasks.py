@@ -73,7 +73,7 @@ def test_gsm8k_on_a_local_copy_has_its_own_prompts_filters_and_metrics(
 
 
 def test_a_choice_by_log_probability_is_asked_of_the_prompt_and_resumed(
-    arc: Path, questions: Path, tokenizer: Path, tmp_path: Path
+    arc: Path, questions: Path, tokenizer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     task = asking(questions, TaskSource(name="arc_easy", path=str(arc)))
     with serving(tokenizer) as server:
@@ -81,6 +81,7 @@ def test_a_choice_by_log_probability_is_asked_of_the_prompt_and_resumed(
         asked = len(server.bodies)
         assert evaluate(server.endpoint, task, tmp_path / "work").tasks == [result]
         assert len(server.bodies) == asked == 9 + 8
+    assert capfd.readouterr() == ("", ""), "no bar of lm-eval's"
     assert {body["echo"] for body in server.bodies if "echo" in body} == {True}
     assert result.metrics["acc/none"] == 1.0, "every token costs the same, so the short answer wins"
     assert len(result.samples[0].answers) == 2
