@@ -112,13 +112,17 @@ def test_another_setting_or_model_is_asked_anew(
         assert len(server.prompts) == 18
 
 
-def test_questions_of_the_same_wording_are_each_asked(tokenizer: Path, tmp_path: Path) -> None:
-    folder = write_questions(tmp_path / "puzzles", {"biology": 3})
-    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
-    twin = rows[0] | {"question_id": 99}
-    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, twin]))
-    with serving(tokenizer, knows(folder)) as server:
-        accuracy = evaluate(server.endpoint, AccuracyTask(questions=str(folder), max_tokens=64), tmp_path / "work")
-        assert (len(server.prompts), len(accuracy.answers)) == (4, 4)
-        evaluate(server.endpoint, AccuracyTask(questions=str(folder), max_tokens=64), tmp_path / "work")
-        assert len(server.prompts) == 4
+def test_questions_of_the_same_wording_are_each_asked_and_keep_their_own_answers(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    folder = write_questions(tmp_path / "puzzles", {"biology": 1})
+    (line,) = (folder / "test.jsonl").read_text().splitlines()
+    twin = json.loads(line) | {"question_id": 99}
+    (folder / "test.jsonl").write_text(f"{line}\n{json.dumps(twin)}\n")
+    letters = iter("ABCD")
+    task = AccuracyTask(questions=str(folder), max_tokens=64, concurrency=1)
+    with serving(tokenizer, lambda _: (f"The answer is ({next(letters)}).", "stop")) as server:
+        for _ in range(2):
+            accuracy = evaluate(server.endpoint, task, tmp_path / "work")
+            assert [a.predicted for a in accuracy.answers] == ["A", "B"]
+        assert len(server.prompts) == 2

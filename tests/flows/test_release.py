@@ -268,4 +268,9 @@ def test_bad_input_ends_the_release_with_one_message_and_leaves_nothing(lightshi
     indivisible = lightship("release", "source", "--recipe", "wide.toml")
     assert indivisible.returncode == 2
     assert "serves at TP 8, which source cannot be divided by" in indivisible.stderr
+    asked = RECIPE.format(method="mse", shrink=0.45).replace("[accuracy]\n", '[accuracy]\ntasks = ["gsm8q"]\n')
+    (place / "odd.toml").write_text(asked)
+    unknown = lightship("release", "source", "--recipe", "odd.toml")
+    assert unknown.returncode == 2
+    assert "lm-eval has no task 'gsm8q'; the nearest are" in unknown.stderr
     assert sorted((place / "home" / "releases").iterdir()) == before
