@@ -1,200 +1,170 @@
-"""Accuracy by lm-eval: the stock mmlu_pro task's prompts, filter and metric, on a local directory of questions.
+"""Accuracy by lm-eval: the stock mmlu_pro task's prompts, filter and metric, and any other task that the recipe names.
 
     lightship evaluate http://127.0.0.1:8000 --tokenizer demo/checkpoint --recipe recipes/demo.toml
 
-Only where the questions come from, the word for the category and the task's name are ours. The requests go through
-lm-eval's `local-completions` model to any OpenAI-compatible server. lm-eval downloads nothing and caches nothing; what
-it logs is in `work/lm-eval.log`.
+The questions are a directory's, or the Hub's. Every answer is in `work/answers.jsonl` as soon as it is given, so that
+the same command goes on after an interruption and asks only what is missing. lm-eval's own log is
+`work/lm-eval.log`.
 """
 
-import asyncio
 import logging
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
-from functools import partialmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
 from lightship.endpoint import Endpoint
 from lightship.errors import EvaluationError
-from lightship.eval.questions import Question, Questions, draw, read_questions
-from lightship.progress import tracked
+from lightship.eval.answer_log import AnswerLog
+from lightship.eval.asking import AskedText, asking_model, prompt_digest
+from lightship.eval.questions import Question, Questions, draw, load_questions, read_questions
+from lightship.eval.sending import identify_served
+from lightship.eval.tasks import STOCK_MAX_TOKENS, LoadedTask, check_subjects, load_task, mmlu_pro_tasks
+from lightship.files import digest_of
 from lightship.recipe import AccuracyTask
-from lightship.records import Accuracy, AnsweredQuestion
+from lightship.records import Accuracy, AnsweredQuestion, TaskResult, TaskSample
 
 log = logging.getLogger("lm_eval")
 
-STOCK_CATEGORY = "biology"
-"""The stock task whose YAML is the template of ours; the fourteen differ only in this word."""
-STOCK_MAX_TOKENS = 2048
-REQUEST_SECONDS = 1800
-NO_LIMIT = 2**31
-"""lm-eval cuts prompts to this many tokens without a word; let the server refuse them instead."""
+ANSWERS = "answers.jsonl"
+INVALID = "[invalid]"
+"""What lm-eval's regex filter says where it finds nothing."""
 
 
 def evaluate(endpoint: Endpoint, task: AccuracyTask, work: Path) -> Accuracy:
     """Ask the questions and keep every answer.
 
     Args:
-        work: a directory for lm-eval's log.
+        work: a directory for the answers and lm-eval's log. Answers that it holds of the same model to the same
+            requests are not asked for again.
 
     Raises:
-        EvaluationError: the questions cannot be used, the endpoint does not answer or does not serve the model, or a
-            request failed three times.
+        EvaluationError: the questions or a further task cannot be used, the endpoint does not answer or does not serve
+            the model, it refuses a request, or one failed several times.
     """
     started = time.monotonic()
-    folder = Path(task.questions)
-    name = task.name or folder.name
-    questions = read_questions(folder)
+    name = task.task_name
+    questions = load_questions(task.revision) if task.questions is None else read_questions(Path(task.questions))
+    check_subjects(name, questions)
     asked = Questions(draw(questions.test, task.limit, task.seed), questions.validation)
-    _check_endpoint(endpoint)
+    served = identify_served(endpoint)
     work.mkdir(parents=True, exist_ok=True)
-    with _quiet_lm_eval(work / "lm-eval.log"):
-        answers = _ask(endpoint, task, build_tasks(name, asked, task.max_tokens), len(asked.test), work)
-    order = {str(q.question_id): i for i, q in enumerate(asked.test)}
-    overrides = {"dataset": f"{folder.name} sha256:{questions.digest()}"}
+    with _quiet_lm_eval(work / "lm-eval.log"), AnswerLog.open(work / ANSWERS) as answers:
+        tasks = mmlu_pro_tasks(name, asked, task.max_tokens)
+        more = [load_task(source, task.seed, task) for source in task.task_sources]
+        model = asking_model(endpoint, task, answers, served)
+        result = _run(model, task, {"tasks": tasks, "groups": {}, "group_map": {}})
+        order = {str(q.question_id): i for i, q in enumerate(asked.test)}
+        answered = [_answered(sample) for task_name in tasks for sample in result["samples"][task_name]]
+        return Accuracy(
+            task=name,
+            answers=sorted(answered, key=lambda a: order[a.question_id]),
+            overrides=_overrides(task, questions, asked),
+            tasks=[_ask_further(model, task, loaded) for loaded in more],
+            seconds=time.monotonic() - started,
+        )
+
+
+def _overrides(task: AccuracyTask, questions: Questions, asked: Questions) -> dict[str, str]:
+    overrides = {"dataset": f"{task.task_name} sha256:{questions.digest()}"}
+    if task.questions is not None:
+        overrides["dataset"] = f"{Path(task.questions).name} sha256:{questions.digest()}"
     if task.max_tokens != STOCK_MAX_TOKENS:
         overrides["max_gen_toks"] = str(task.max_tokens)
     if len(asked.test) < len(questions.test):
         overrides["limit"] = f"{len(asked.test)} of {len(questions.test)}, seed {task.seed}"
-    return Accuracy(
-        task=name,
-        answers=sorted(answers, key=lambda a: order[a.question_id]),
-        overrides=overrides,
-        seconds=time.monotonic() - started,
+    return overrides | _asking_overrides(task)
+
+
+def _asking_overrides(task: AccuracyTask) -> dict[str, str]:
+    """How every task is asked, where that is not lm-eval's default."""
+    overrides = {}
+    if task.api == "chat":
+        overrides["api"] = "chat, worked examples as turns"
+    if task.reasoning:
+        overrides["thinking"] = "stripped, stop texts applied after it"
+    return overrides
+
+
+def _run(model: Any, task: AccuracyTask, tasks: dict[str, Any], documents: dict[str, list[int]] | None = None) -> Any:
+    """Run lm-eval's `evaluate`, which is its `simple_evaluate` without 3 s spent on describing the machine."""
+    from lm_eval.evaluator import evaluate as lm_evaluate
+
+    chat = task.api == "chat"
+    return lm_evaluate(
+        model, tasks, samples=documents, bootstrap_iters=0, apply_chat_template=chat, fewshot_as_multiturn=chat
     )
 
 
-def build_tasks(name: str, questions: Questions, max_tokens: int) -> dict[str, Any]:
-    """lm-eval tasks by name, one a category: the stock task's configuration with our questions in it.
-
-    Raises:
-        EvaluationError: the questions would pass for MMLU-Pro and are not.
-    """
-    import datasets
-    import lm_eval.tasks
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    stock_folder = Path(lm_eval.tasks.__file__).parent / "mmlu_pro"
-    stock = load_yaml(stock_folder / f"mmlu_pro_{STOCK_CATEGORY}.yaml")
-    stock_names = {path.stem for path in stock_folder.glob("mmlu_pro_*.yaml")}
-    tasks = {}
-    for category in questions.counts():
-        task_name = f"{name}_{category.replace(' ', '_')}"
-        if task_name.startswith("mmlu_pro_") and task_name not in stock_names:
-            raise EvaluationError(
-                f"the questions' folder is named {name!r} but its category {category!r} is not one of MMLU-Pro's; "
-                "rename the folder, so that its result is not taken for MMLU-Pro's"
-            )
-        splits = datasets.DatasetDict(
-            {
-                split: datasets.Dataset.from_list([msgspec.to_builtins(q) for q in rows if q.category == category])
-                for split, rows in (("test", questions.test), ("validation", questions.validation))
-            }
-        )
-        tasks[task_name] = ConfigurableTask(
-            config=stock
-            | {
-                "task": task_name,
-                "task_alias": category,
-                "dataset_path": name,
-                "custom_dataset": lambda splits=splits, **_: splits,
-                "process_docs": None,
-                "description": stock["description"].replace(f"about {STOCK_CATEGORY}.", f"about {category}."),
-                "generation_kwargs": stock["generation_kwargs"] | {"max_gen_toks": max_tokens},
-            }
-        )
-        tasks[task_name].set_fewshot_seed(0)
-    return tasks
-
-
-def _ask(
-    endpoint: Endpoint, task: AccuracyTask, tasks: dict[str, Any], total: int, work: Path
-) -> list[AnsweredQuestion]:
-    """Run lm-eval's `evaluate`, which is its `simple_evaluate` without 3 s spent on describing the machine."""
-    from aiohttp import ClientError
-    from lm_eval.evaluator import evaluate as lm_evaluate
-    from requests import RequestException
-
-    url = f"{endpoint.base_url.rstrip('/')}/v1/completions"
-    bar = cast("Generator[int]", tracked(range(total), f"asking {endpoint.model}"))
-    with closing(bar) as progress:
-        next(progress)
-        model = _recording_model()(
-            progress,
-            model=endpoint.model,
-            base_url=url,
-            tokenizer=str(endpoint.tokenizer),
-            tokenizer_backend="huggingface",
-            num_concurrent=task.concurrency,
-            max_length=NO_LIMIT,
-            timeout=REQUEST_SECONDS,
-        )
-        try:
-            result = lm_evaluate(model, {"tasks": tasks, "groups": {}, "group_map": {}}, bootstrap_iters=0)
-        except (ClientError, RequestException, TimeoutError) as error:
-            raise EvaluationError(
-                f"{url} failed three times on one request ({str(error) or type(error).__name__}); what the server said "
-                f"is in {work / 'lm-eval.log'}"
-            ) from error
-    return [_answered(sample, model.cut) for name in tasks for sample in result["samples"][name]]
-
-
-def _recording_model() -> Any:
-    """lm-eval's local-completions model, which also notes which texts the server cut, and shows progress."""
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
-    class RecordingCompletions(LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval is untyped
-        def __init__(self, progress: Iterator[int], **arguments: Any) -> None:
-            super().__init__(**arguments)
-            self.progress = progress
-            self.cut: set[str] = set()
-            """The texts that ended with finish_reason `length`."""
-
-        async def get_batched_requests(self, *arguments: Any, **settings: Any) -> Any:
-            """The first failure is raised; asyncio would print the others on the terminal."""
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: log.info("%s", context))
-            return await super().get_batched_requests(*arguments, **settings)
-
-        def parse_generations(self, outputs: Any, **_: Any) -> list[str]:
-            texts: list[str] = super().parse_generations(outputs=outputs)
-            self.cut |= {c["text"] for c in outputs["choices"] if c["finish_reason"] == "length"}
-            next(self.progress, None)
-            return texts
-
-    return RecordingCompletions
-
-
-def _answered(sample: dict[str, Any], cut: set[str]) -> AnsweredQuestion:
+def _answered(sample: dict[str, Any]) -> AnsweredQuestion:
     question = msgspec.convert(sample["doc"], Question)
     text = sample["resps"][0][0]
+    assert isinstance(text, AskedText)
     predicted = sample["filtered_resps"][0]
     return AnsweredQuestion(
         question_id=str(question.question_id),
         category=question.category,
         answer=question.answer,
-        predicted=None if predicted == "[invalid]" else predicted,
+        predicted=None if predicted == INVALID else predicted,
         correct=bool(sample["exact_match"] == 1.0),
-        truncated=text in cut,
-        text=text,
+        truncated=text.truncated,
+        text=str(text),
+        prompt_digest=text.prompt_digest,
     )
 
 
-def _check_endpoint(endpoint: Endpoint) -> None:
-    import httpx
+def _ask_further(model: Any, task: AccuracyTask, loaded: LoadedTask) -> TaskResult:
+    result = _run(model, task, loaded.as_lm_eval_has_it, loaded.documents)
+    metrics = {}
+    for name, values in result["results"].items():
+        prefix = "" if name == loaded.name else f"{name}/"
+        for key, value in values.items():
+            metric, _, of_filter = key.partition(",")
+            if of_filter and not metric.endswith("_stderr") and _is_number(value):
+                metrics[f"{prefix}{metric}/{of_filter}"] = float(value)
+    if not metrics:
+        raise EvaluationError(f"lm-eval gives no number for the task {loaded.name!r}; take it out of the recipe")
+    samples = [sample for name in loaded.leaves for sample in _samples(name, result["samples"][name])]
+    return TaskResult(
+        task=loaded.name, metrics=metrics, samples=samples, overrides=_asking_overrides(task) | loaded.overrides
+    )
 
-    url = f"{endpoint.base_url.rstrip('/')}/v1/models"
-    try:
-        response = httpx.get(url, timeout=30, trust_env=False).raise_for_status()
-    except httpx.HTTPError as error:
-        raise EvaluationError(f"{url} does not answer ({error}); is the server up? See `lightship serve`") from error
-    served = [m["id"] for m in response.json()["data"]]
-    if endpoint.model not in served:
-        raise EvaluationError(f"{url} serves {', '.join(served)}, not {endpoint.model}")
+
+def _samples(task: str, logged: list[dict[str, Any]]) -> list[TaskSample]:
+    """lm-eval logs a document once a filter; a sample of ours has them all."""
+    by_document: dict[int, list[dict[str, Any]]] = {}
+    for sample in logged:
+        by_document.setdefault(sample["doc_id"], []).append(sample)
+    return [_sample(task, document, filtered) for document, filtered in sorted(by_document.items())]
+
+
+def _sample(task: str, document: int, filtered: list[dict[str, Any]]) -> TaskSample:
+    first = filtered[0]
+    replies = [reply for of_request in first["resps"] for reply in of_request]
+    texts = [reply for reply in replies if isinstance(reply, AskedText)]
+    prompts = [text.prompt_digest for text in texts] or [prompt_digest(list(a[:2])) for a in first["arguments"]]
+    return TaskSample(
+        task=task,
+        document=document,
+        prompt_digest=prompts[0] if len(set(prompts)) == 1 else digest_of(prompts),
+        target=str(first["target"]),
+        answers=[str(r) if isinstance(r, AskedText) else f"{r[0]:.6g}" for r in replies],
+        parsed={s["filter"]: ", ".join(_shown(r) for r in s["filtered_resps"]) for s in filtered},
+        metrics={f"{m}/{s['filter']}": float(s[m]) for s in filtered for m in s["metrics"] if _is_number(s[m])},
+        truncated=any(text.truncated for text in texts),
+    )
+
+
+def _shown(parsed: Any) -> str:
+    return f"{parsed[0]:.6g}" if isinstance(parsed, tuple) else str(parsed)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)
 
 
 @contextmanager
@@ -208,7 +178,7 @@ def _quiet_lm_eval(path: Path) -> Iterator[None]:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    tqdm.tqdm.__init__ = partialmethod(tqdm.tqdm.__init__, disable=True)
+    tqdm.tqdm.__init__ = lambda bar, *given, **named: before[2](bar, *given, **named | {"disable": True})
     try:
         yield
     finally:

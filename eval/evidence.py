@@ -9,12 +9,13 @@ from pathlib import Path
 from lightship.errors import EvaluationError, LightshipError
 from lightship.eval.advice import Place, next_step
 from lightship.eval.measures import Evidence
-from lightship.eval.questions import Question, read_questions
+from lightship.eval.questions import Question, load_questions, read_questions
 from lightship.eval.receipt import Receipt, make_receipt, write_receipt
 from lightship.eval.report import ReportData
 from lightship.files import read_json
 from lightship.records import (
     Accuracy,
+    Agreement,
     Calibration,
     Comparison,
     Fidelity,
@@ -58,6 +59,7 @@ def read_evidence(directory: Path) -> ReportData:
         staged=staged,
         source_accuracy=read_json(directory / "source-accuracy.json", Accuracy),
         quantized_accuracy=read_json(directory / "accuracy.json", Accuracy),
+        agreement=read_json(directory / "agreement.json", Agreement),
         comparison=read_json(directory / "comparison.json", Comparison),
         fidelity=read_json(directory / "fidelity.json", Fidelity),
         throughput=read_json(directory / "throughput.json", Throughput),
@@ -157,5 +159,6 @@ def _questions_if_there(release: ReleaseFile) -> Mapping[str, Question]:
 
 
 def _questions(release: ReleaseFile) -> Mapping[str, Question]:
-    questions = read_questions(Path(release.recipe.accuracy.questions)).test
+    task = release.recipe.accuracy
+    questions = (read_questions(Path(task.questions)) if task.questions else load_questions(task.revision)).test
     return {str(q.question_id): q for q in questions}

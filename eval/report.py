@@ -19,6 +19,7 @@ from lightship.eval.report_style import CSS
 from lightship.files import write_text
 from lightship.records import (
     Accuracy,
+    Agreement,
     AnsweredQuestion,
     Calibration,
     Comparison,
@@ -77,6 +78,7 @@ class ReportData:
     staged: Staged
     source_accuracy: Accuracy
     quantized_accuracy: Accuracy
+    agreement: Agreement
     comparison: Comparison
     fidelity: Fidelity
     throughput: Throughput
@@ -155,6 +157,7 @@ def _summary(release: ReportData) -> str:
             f"{_points(0.0 - comparison.loss)} points<small>95 %: {_points(-comparison.loss_high)} to "
             f"{_points(-comparison.loss_low)}; p = {comparison.p_value:.2g}</small>",
         ),
+        *_further_tasks(source, quantized),
         _row("Answers cut by the token limit", _percent(source.truncated), _percent(quantized.truncated), ""),
         _row("Answers without a readable letter", _percent(source.unparsed), _percent(quantized.unparsed), ""),
         _row(
@@ -178,6 +181,20 @@ def _summary(release: ReportData) -> str:
     ]
     head = '<tr><th></th><th class="num">Source</th><th class="num">Quantized</th><th class="num">Change</th></tr>'
     return f'<h2>Summary</h2><div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+
+
+def _further_tasks(source: Accuracy, quantized: Accuracy) -> list[str]:
+    after = {task.task: task.metrics for task in quantized.tasks}
+    return [
+        _row(
+            f"{escape(task.task)}<small>{escape(metric)}, {len(task.samples):,} documents</small>",
+            _percent(value),
+            _percent(after[task.task][metric]),
+            f"{_points(after[task.task][metric] - value)} points",
+        )
+        for task in source.tasks
+        for metric, value in task.metrics.items()
+    ]
 
 
 def _gate(verdict: Verdict) -> str:
@@ -205,12 +222,15 @@ def _why_not(receipt: Receipt | None) -> str:
 
 
 def _same_model(release: ReportData) -> str:
-    c = release.comparison
+    c, a = release.comparison, release.agreement
     return (
         "<h2>Is it still the same model?</h2>"
         f"<p>Both models answered the same {c.questions:,} questions. {len(c.lost)} got the right answer from the "
         f"source only, {len(c.gained)} from the quantized one only; on the other "
         f"{c.questions - len(c.lost) - len(c.gained):,} both are right or both are wrong.</p>"
+        f"<p>Both decode greedily. They gave the same answer to {_percent(a.same_answer)} of the questions, right or "
+        f"wrong, and the same text to {_percent(a.same_text)}; on average the texts part after {a.common_prefix:,.0f} "
+        f"characters, {_percent(a.common_share)} of the longer one.</p>"
         + _figure(
             "Accuracy by category",
             plots.accuracy_by_category(release.source_accuracy, release.quantized_accuracy),

@@ -5,8 +5,10 @@ from pathlib import Path
 from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
 from lightship.eval.questions import read_questions
+from lightship.eval.tasks import check_tasks
 from lightship.quant.plan import plan_quantization
 from lightship.recipe import load_recipe
+from lightship.release import digest_of_questions
 from lightship.text import digest_of_text
 
 
@@ -40,4 +42,7 @@ def check_inputs(source: Path, recipe_path: Path) -> None:
                 f"the recipe {recipe_path}: {where} is {tokens}, the model's context {context}; lower it"
             )
     digest_of_text([*recipe.calibration.sources, *recipe.fidelity.sources])
-    read_questions(Path(recipe.accuracy.questions))
+    digest_of_questions(recipe.accuracy)
+    if recipe.accuracy.questions is not None:
+        read_questions(Path(recipe.accuracy.questions))
+    check_tasks(recipe.accuracy)

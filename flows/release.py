@@ -17,6 +17,7 @@ from lightship.files import read_json
 from lightship.flows.servers import Servers
 from lightship.records import (
     Accuracy,
+    Agreement,
     Calibration,
     Comparison,
     Fidelity,
@@ -68,6 +69,7 @@ def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
             after = evaluate_quantized(work, servers)
             benchmark_both(work, servers)
         measure_fidelity(work)
+        measure_agreement(work, before, after)
         compare_answers(work, before, after)
         verdict = decide(work, tracker)
         promoted = promote_champion(work, tracker) if promote and verdict.decision == "pass" else None
@@ -162,6 +164,13 @@ def evaluate_quantized(work: Release, servers: Servers) -> Accuracy:
     from lightship.eval.accuracy import evaluate
 
     return work.stage("accuracy", Accuracy, lambda: evaluate(servers.quantized, work.recipe.accuracy, work.directory))
+
+
+@task(cache_policy=NO_CACHE)
+def measure_agreement(work: Release, before: Accuracy, after: Accuracy) -> Agreement:
+    from lightship.eval import agreement
+
+    return work.stage("agreement", Agreement, lambda: agreement.measure_agreement(before, after))
 
 
 @task(cache_policy=NO_CACHE)

@@ -15,12 +15,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-from lightship.checkpoint import MANIFEST
+from lightship.checkpoint import MANIFEST, Checkpoint
 from lightship.endpoint import Endpoint
 from lightship.errors import ServingError
-from lightship.files import digest_of_file
+from lightship.files import digest_of, digest_of_file
 from lightship.manifest import check_files
 from lightship.recipe import Serving
 from lightship.records import Staged
@@ -55,7 +56,13 @@ class Launched:
     def endpoint(self) -> Endpoint:
         """Where a ready server answers."""
         assert self.base_url, "wait_until_ready comes first"
-        return Endpoint(self.base_url, self.name, self.path)
+        return Endpoint(self.base_url, self.name, self.path, self._identity)
+
+    @cached_property
+    def _identity(self) -> str:
+        """Of the files that are served and of the settings that change what comes out."""
+        settings = self.settings
+        return digest_of([Checkpoint.open(self.path).fingerprint(), settings.engine, settings.tp, settings.activations])
 
     def wait_until_ready(self) -> None:
         """Return when the server has said that it is ready, and /health at its address answers 200.

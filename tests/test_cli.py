@@ -15,6 +15,8 @@ import pytest
 from lightship import __version__
 from lightship.checkpoint import INDEX
 from tests.commands import lightship, refusal
+from tests.eval.puzzles import write_questions
+from tests.eval.stub_server import serving
 from tests.quant.test_quantize import poison
 
 COMMANDS = ["plan", "quantize", "verify", "convert", "serve", "evaluate", "bench", "release", "promote", "report"]
@@ -162,6 +164,24 @@ def test_an_architecture_without_a_declaration_is_refused(broken: Path, recipe: 
 
 def test_a_url_needs_a_tokenizer(recipe: Path) -> None:
     assert "is a URL: give --tokenizer DIR" in refusal("evaluate", "http://127.0.0.1:9", "--recipe", recipe)
+
+
+def test_evaluating_asks_what_is_missing_and_all_of_it_when_told_to(recipe: Path, tmp_path: Path) -> None:
+    questions = write_questions(tmp_path / "puzzles", {"biology": 3})
+    chat = recipe.with_name("chat.toml")
+    chat.write_text(RECIPE.replace('questions = "questions"', f'questions = "{questions}"\napi = "chat"'))
+    (tmp_path / "key").write_text("sk-4711")
+    with serving(None, key="sk-4711") as server:
+        command = ["evaluate", server.endpoint.base_url, "--recipe", chat, "--home", tmp_path / "home"]
+        command += ["--api-key-file", tmp_path / "key"]
+        asked = []
+        for more in (["--limit", "2"], [], [], ["--fresh"]):
+            done = lightship(*command, *more, "--out", tmp_path / "accuracy.json")
+            assert (done.returncode, "of 3 questions" in done.stdout) == (0, more != ["--limit", "2"]), done.stderr
+            asked.append(len(server.bodies))
+    assert asked == [2, 3, 3, 6]
+    assert len(json.loads((tmp_path / "accuracy.json").read_text())["answers"]) == 3
+    assert not [p for p in (tmp_path / "home").rglob("*") if p.is_file() and b"sk-4711" in p.read_bytes()]
 
 
 def test_a_server_that_is_not_there_is_named(recipe: Path, fp8: Path) -> None:

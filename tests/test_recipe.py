@@ -8,7 +8,7 @@ import pytest
 
 from lightship.errors import RecipeError
 from lightship.policy import load_policy
-from lightship.recipe import Recipe, load_recipe
+from lightship.recipe import Recipe, TaskSource, load_recipe
 from lightship.section import Section
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +36,29 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, MINIMAL))
     assert recipe.calibration.sources[0].path == str(tmp_path / "text/prose.jsonl")
     assert recipe.accuracy.questions == str(tmp_path / "questions")
+
+
+def test_further_tasks_are_names_or_tables_with_a_path_of_their_own(tmp_path: Path) -> None:
+    tasks = 'tasks = ["aime25", { name = "gsm8k", path = "data/gsm8k", limit = 5 }]'
+    recipe = load_recipe(write(tmp_path, MINIMAL.replace('questions = "questions"', tasks)))
+    assert recipe.accuracy.task_name == "mmlu_pro"
+    assert recipe.accuracy.task_sources == [
+        TaskSource(name="aime25"),
+        TaskSource(name="gsm8k", path=str(tmp_path / "data/gsm8k"), limit=5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ('questions = "questions"\nrevision = "4c2a"', "revision belongs to MMLU-Pro from the Hub"),
+        ('tasks = ["gsm8k", { name = "gsm8k", limit = 5 }]', "tasks names gsm8k more than once"),
+        ('api = "responses"', r"Invalid enum value 'responses' - at `\$.accuracy.api`"),
+    ],
+)
+def test_questions_that_contradict_themselves_are_refused(said: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path, MINIMAL.replace('questions = "questions"', said)))
 
 
 @pytest.mark.parametrize("shipped", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)

@@ -42,9 +42,8 @@ def gate_up(
     sums = None
     if split > 1:
         sums = torch.empty(split, pairs, outputs, dtype=torch.float32, device=q_TH.device)
-    tiles, lists = pairs, (experts_TK, None, None, None)
-    if routed is not None:
-        tiles, lists = len(routed.gate_up.expert), (*routed.gate_up, routed.pair_P)
+    lists = (experts_TK, None, None, None) if routed is None else (*routed.gate_up, routed.pair_P)
+    tiles = pairs if routed is None else len(routed.gate_up.expert)
     _gate_up[(tiles * split * (intermediate // GROUP),)](
         q_TH, scale_T, w13, w13_scale, *lists, input_scale, h_PI, h_scale_PG, sums, pairs, ORDERED=how.ordered,
         TOP_K=experts_TK.shape[1], EXPERTS=experts, HIDDEN=hidden, INTER=intermediate, SPLIT=split, BLOCK_M=how.block_m,

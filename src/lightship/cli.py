@@ -186,11 +186,18 @@ def parser() -> argparse.ArgumentParser:
     sub = command(
         "evaluate",
         _evaluate,
-        "Ask the recipe's questions through lm-eval.",
+        "Ask the recipe's questions through lm-eval; the same command goes on where it was interrupted.",
         "evaluate http://127.0.0.1:8000 --tokenizer demo/checkpoint --recipe recipes/demo.toml",
     )
     target(sub)
     recipe(sub)
+    home(sub)
+    sub.add_argument("--limit", type=_from(1, 10**9), help="ask this many questions (default: the recipe's limit)")
+    sub.add_argument("--model", help="of a URL, the model's name there (default: the first that it lists)")
+    sub.add_argument(
+        "--api-key-file", type=Path, help="of a URL, a file with its API key (default: LIGHTSHIP_API_KEY, if set)"
+    )
+    sub.add_argument("--fresh", action="store_true", help="forget the answers that this command has got before")
 
     sub = command(
         "bench",
@@ -381,20 +388,35 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    import msgspec
+
     from lightship import summary
-    from lightship.eval.accuracy import evaluate
+    from lightship.endpoint import read_api_key
+    from lightship.eval.accuracy import ANSWERS, evaluate
     from lightship.files import write_json
     from lightship.recipe import load_recipe
-    from lightship.tables import accuracy_table, show
+    from lightship.release import evaluation_directory
+    from lightship.tables import accuracy_table, show, tasks_table
 
     recipe = load_recipe(arguments.recipe)
+    task = recipe.accuracy
+    if arguments.limit:
+        task = msgspec.structs.replace(task, limit=arguments.limit)
+    work = evaluation_directory(arguments.home, arguments.target, recipe)
+    if arguments.fresh:
+        (work / ANSWERS).unlink(missing_ok=True)
+    key = read_api_key(arguments.api_key_file)
+    tokenizer = arguments.tokenizer or (Path() if task.api == "chat" else None)
     with (
-        tempfile.TemporaryDirectory() as work,
-        _served(recipe, Path(work), arguments.tokenizer, arguments.target) as (endpoint,),
+        tempfile.TemporaryDirectory() as logs,
+        _served(recipe, Path(logs), tokenizer, arguments.target, key=key, model=arguments.model) as (endpoint,),
     ):
-        accuracy = evaluate(endpoint, recipe.accuracy, Path(work))
+        accuracy = evaluate(endpoint, task, work)
     show(accuracy_table(accuracy))
-    print(summary.sentence(accuracy))
+    if accuracy.tasks:
+        print()
+        show(tasks_table(accuracy))
+    print(f"{summary.sentence(accuracy)}; every answer is in {work / ANSWERS}")
     if arguments.out:
         write_json(arguments.out, accuracy)
     return 0
@@ -423,7 +445,14 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _served(recipe: "Recipe", work: Path, tokenizer: Path | None, *targets: str) -> "Iterator[list[Endpoint]]":
+def _served(
+    recipe: "Recipe",
+    work: Path,
+    tokenizer: Path | None,
+    *targets: str,
+    key: str | None = None,
+    model: str | None = None,
+) -> "Iterator[list[Endpoint]]":
     """The endpoint of each target; directories are launched by the recipe, URLs are taken as they are."""
     from lightship.checkpoint import Checkpoint
     from lightship.endpoint import Endpoint
@@ -440,7 +469,7 @@ def _served(recipe: "Recipe", work: Path, tokenizer: Path | None, *targets: str)
             elif tokenizer is None or not tokenizer.is_dir():
                 raise LightshipError(f"{target} is a URL: give --tokenizer DIR, a directory with the model's tokenizer")
             else:
-                endpoints.append(Endpoint.connect(target, tokenizer))
+                endpoints.append(Endpoint.connect(target, tokenizer, key, model))
         yield endpoints
 
 

@@ -17,6 +17,9 @@ from lightship.section import Positive, Section, Share, read_toml
 
 Method = Literal["absmax", "mse", "gptq"]
 T = TypeVar("T", bound="Section")
+HUB_QUESTIONS = "TIGER-Lab/MMLU-Pro"
+HUB_NAME = "mmlu_pro"
+"""What the Hub's questions are called; the stock lm-eval task's own name."""
 ADDRESS = re.compile(r"\w+://\S+:\d{1,5}")
 
 
@@ -130,11 +133,24 @@ class Serving(Section, frozen=True, kw_only=True):
     """Give up when the server is not ready by then."""
 
 
-class AccuracyTask(Section, frozen=True, kw_only=True):
-    """The questions and how many of them."""
+class TaskSource(Section, frozen=True, kw_only=True):
+    """A further lm-eval task."""
 
-    questions: str
-    """A directory with test.jsonl and validation.jsonl in MMLU-Pro's schema."""
+    name: str
+    """lm-eval's name of a task, a group or a tag."""
+    path: str | None = None
+    """A folder with the task's dataset, a file a split (test.jsonl, train.parquet); from the Hub if absent."""
+    limit: Positive | None = None
+    """Ask this many documents, drawn evenly from the tasks of a group; all if absent."""
+
+
+class AccuracyTask(Section, frozen=True, kw_only=True):
+    """The questions and how many of them, how they are asked, and further tasks."""
+
+    questions: str | None = None
+    """A directory with the splits test and validation in MMLU-Pro's schema; MMLU-Pro from the Hub if absent."""
+    revision: str | None = None
+    """A commit of the Hub's dataset."""
     name: str | None = None
     """What the task is called; the directory's name if absent."""
     limit: Positive | None = None
@@ -146,10 +162,30 @@ class AccuracyTask(Section, frozen=True, kw_only=True):
     """Ask in stages, and stop when the gate's accuracy_loss is settled."""
     stages: list[Share] = msgspec.field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])
     """Fractions of the questions after which to look."""
+    api: Literal["completions", "chat"] = "completions"
+    """lm-eval's `local-completions`, or `local-chat-completions`, through the server's chat template."""
+    reasoning: bool = False
+    """The model thinks before it answers: filters read the answer only, see `lightship.eval.thinking`."""
+    tasks: list[str | TaskSource] = msgspec.field(default_factory=list)
+    """Further lm-eval tasks, by name or with their own settings."""
 
     def __post_init__(self) -> None:
+        if self.questions is not None and self.revision is not None:
+            raise ValueError("revision belongs to MMLU-Pro from the Hub, not to a questions directory")
+        twice = {s.name for s in self.task_sources if sum(s.name == other.name for other in self.task_sources) > 1}
+        if twice:
+            raise ValueError(f"tasks names {', '.join(sorted(twice))} more than once")
         if not self.stages or self.stages[-1] != 1 or self.stages != sorted(set(self.stages)):
             raise ValueError(f"accuracy.stages {self.stages} must increase and end with 1")
+
+    @property
+    def task_name(self) -> str:
+        """What the task is called."""
+        return self.name or (Path(self.questions).name if self.questions else HUB_NAME)
+
+    @property
+    def task_sources(self) -> list[TaskSource]:
+        return [TaskSource(name=task) if isinstance(task, str) else task for task in self.tasks]
 
 
 class FidelityText(Section, frozen=True, kw_only=True):

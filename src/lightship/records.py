@@ -355,8 +355,57 @@ class AnsweredQuestion(Record, frozen=True, kw_only=True):
     """The extracted letter; None if no answer could be read from the text."""
     correct: bool
     truncated: bool
-    """The text was cut by the token limit."""
+    """The text was cut by the token limit, or the model never stopped thinking."""
     text: str
+    """What the task's filter read: without the thinking, if the recipe says that the model reasons."""
+    prompt_digest: str = ""
+    """SHA-256 of the prompt."""
+
+
+class TaskSample(Record, frozen=True, kw_only=True):
+    """One document of a further task, and what became of it."""
+
+    task: str
+    """Of a group, the task that it belongs to."""
+    document: int
+    prompt_digest: str
+    target: str
+    answers: list[str]
+    """A text a request; of a choice, the log-probability of each option."""
+    parsed: dict[str, str]
+    """Filter -> what it read of the answers."""
+    metrics: dict[str, float]
+    """`metric/filter` -> value of this document."""
+    truncated: bool
+
+
+class TaskResult(Record, frozen=True, kw_only=True):
+    """lm-eval's result on one further task, with every sample."""
+
+    task: str
+    metrics: dict[str, float]
+    """`metric/filter`, before it the task if it is one of a group, -> value over all documents."""
+    samples: list[TaskSample]
+    overrides: dict[str, str]
+    """Settings that differ from the stock task's."""
+
+    @property
+    def truncated(self) -> float:
+        return sum(s.truncated for s in self.samples) / len(self.samples)
+
+
+class Agreement(Record, frozen=True, kw_only=True):
+    """Source and quantized model's greedy answers to the same questions, side by side."""
+
+    questions: int
+    same_answer: float
+    """Share of questions with the same parsed letter, or none in both."""
+    same_text: float
+    """Share of questions with the same text to the last character."""
+    common_prefix: float
+    """Mean characters before the two texts part."""
+    common_share: float
+    """Mean of the same as a share of the longer text; 1 for the same text."""
 
 
 class Accuracy(Record, frozen=True, kw_only=True):
@@ -367,6 +416,9 @@ class Accuracy(Record, frozen=True, kw_only=True):
     overrides: dict[str, str]
     """Settings that differ from the stock task's."""
     seconds: float
+    """Of the run that finished it; an interrupted one has answered some of the questions before."""
+    tasks: list[TaskResult] = []
+    """The recipe's further tasks."""
 
     @property
     def accuracy(self) -> float:

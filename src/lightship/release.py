@@ -24,8 +24,10 @@ from lightship import __version__
 from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
 from lightship.files import digest_of, digest_of_file, locked, read_json, write_json
-from lightship.recipe import Recipe, load_recipe
+from lightship.recipe import HUB_QUESTIONS, AccuracyTask, Recipe, TextSource, load_recipe
 from lightship.records import Record
+from lightship.rows import digest_of_rows
+from lightship.splits import all_splits, digest_of_splits
 from lightship.text import digest_of_text
 
 R = TypeVar("R", bound=Record)
@@ -163,25 +165,29 @@ def identify(source: Checkpoint, recipe: Recipe) -> Identity:
         source=source.digest,
         recipe=digest_of([settings_of(recipe), task_name(recipe)]),
         texts=digest_of([digest_of_text(recipe.calibration.sources), digest_of_text(recipe.fidelity.sources)]),
-        questions=digest_of([digest_of_file(p) for p in question_files(Path(recipe.accuracy.questions))]),
+        questions=digest_of_questions(recipe.accuracy),
         code=digest_of_code(),
         engine=digest_of([recipe.serving.engine, *(version(p) for p in ENGINE_PACKAGES)]),
     )
 
 
-def question_files(directory: Path) -> list[Path]:
-    """test.jsonl and validation.jsonl of a question directory.
+def digest_of_questions(task: AccuracyTask) -> str:
+    """SHA-256 of what the questions and the local data of further tasks hold; of the Hub's questions, of their commit.
+
+    Further tasks' data on the Hub is not looked at: lm-eval's version, which is part of the engine, names it.
 
     Raises:
-        LightshipError: one is missing.
+        LightshipError: a file is missing, or the Hub's dataset cannot be found.
     """
-    files = [directory / "test.jsonl", directory / "validation.jsonl"]
-    for file in files:
-        if not file.is_file():
-            raise LightshipError(
-                f"the evaluation questions {file} are missing; check `accuracy.questions` of the recipe"
-            )
-    return files
+    if task.questions is not None:
+        questions: object = digest_of_splits(Path(task.questions), ["test", "validation"])
+    else:
+        hub = TextSource(scene="questions", dataset=HUB_QUESTIONS, split="test", revision=task.revision)
+        questions = digest_of_rows(hub)
+    local = {s.name: Path(s.path) for s in task.task_sources if s.path is not None}
+    return digest_of(
+        [questions, {name: digest_of_splits(folder, all_splits(folder)) for name, folder in local.items()}]
+    )
 
 
 @cache
@@ -200,6 +206,16 @@ def digest_of_code(packages: tuple[str, ...] = PACKAGES) -> str:
 def versions() -> dict[str, str]:
     """Versions of what a release rests on."""
     return {"lightship": __version__, "python": platform.python_version(), **{p: version(p) for p in ENGINE_PACKAGES}}
+
+
+def evaluation_directory(home: Path, target: str, recipe: Recipe) -> Path:
+    """Where `lightship evaluate` keeps the answers of a checkpoint or a URL: the same command, the same place.
+
+    How many are asked, and where the questions lie, does not count: each answer knows what was asked. Of a checkpoint
+    our own code does, since it computes the answers.
+    """
+    what = [target.rstrip("/")] if "://" in target else [str(Path(target).resolve()), digest_of_code()]
+    return home / "evaluations" / digest_of([*what, task_name(recipe)])[:ID_LENGTH]
 
 
 def find_release(home: Path, release_id: str) -> ReleaseFile:
@@ -226,7 +242,7 @@ def settings_of(recipe: Recipe) -> dict[str, Any]:
 
 def task_name(recipe: Recipe) -> str:
     """What the accuracy task is called."""
-    return recipe.accuracy.name or Path(recipe.accuracy.questions).name
+    return recipe.accuracy.task_name
 
 
 def _without_paths(value: Any) -> Any:

@@ -5,6 +5,7 @@ from statistics import mean
 
 from lightship.records import (
     Accuracy,
+    Agreement,
     Calibration,
     Comparison,
     Fidelity,
@@ -137,6 +138,7 @@ def _(accuracy: Accuracy) -> str:
     return (
         f"{accuracy.accuracy:.1%} of {len(accuracy.answers)} questions ({accuracy.task}); "
         f"{accuracy.truncated:.1%} truncated, {accuracy.unparsed:.1%} unparsed"
+        + "".join(f"; {t.task} {next(iter(t.metrics.values())):.1%} of {len(t.samples)}" for t in accuracy.tasks)
     )
 
 
@@ -147,6 +149,26 @@ def _(accuracy: Accuracy) -> dict[str, float]:
         "truncated": accuracy.truncated,
         "unparsed": accuracy.unparsed,
         **{f"accuracy/{name}": correct / asked for name, (correct, asked) in accuracy.by_category().items()},
+        **{f"task/{t.task}/{metric}": value for t in accuracy.tasks for metric, value in t.metrics.items()},
+        **{f"task/{t.task}/truncated": t.truncated for t in accuracy.tasks},
+    }
+
+
+@sentence.register
+def _(agreement: Agreement) -> str:
+    return (
+        f"the same answer to {agreement.same_answer:.1%} of {agreement.questions} questions, the same text to "
+        f"{agreement.same_text:.1%}; texts part after {agreement.common_prefix:.0f} characters"
+    )
+
+
+@metrics.register
+def _(agreement: Agreement) -> dict[str, float]:
+    return {
+        "agreement/same_answer": agreement.same_answer,
+        "agreement/same_text": agreement.same_text,
+        "agreement/common_prefix": agreement.common_prefix,
+        "agreement/common_share": agreement.common_share,
     }
 
 

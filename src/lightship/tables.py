@@ -15,6 +15,7 @@ from lightship import summary
 from lightship.files import read_json
 from lightship.records import (
     Accuracy,
+    Agreement,
     Calibration,
     Comparison,
     Fidelity,
@@ -196,6 +197,15 @@ def accuracy_table(accuracy: Accuracy) -> Table:
     return table
 
 
+def tasks_table(accuracy: Accuracy) -> Table:
+    """The further tasks' metrics."""
+    table = _table("task", "metric / filter", "value", "documents", "truncated")
+    for task in accuracy.tasks:
+        for metric, value in task.metrics.items():
+            table.add_row(task.task, metric, f"{value:.1%}", str(len(task.samples)), f"{task.truncated:.1%}")
+    return table
+
+
 def throughput_table(throughput: Throughput) -> Table:
     """Each load's figures."""
     table = _table(
@@ -221,6 +231,7 @@ def _latency(p: Percentiles) -> str:
 def print_release(directory: Path) -> None:
     """The end of a release: what changed, the verdict, and where to look next."""
     plan = read_json(directory / "plan.json", Plan)
+    agreement = read_json(directory / "agreement.json", Agreement)
     comparison = read_json(directory / "comparison.json", Comparison)
     fidelity = read_json(directory / "fidelity.json", Fidelity)
     throughput = read_json(directory / "throughput.json", Throughput)
@@ -241,6 +252,7 @@ def print_release(directory: Path) -> None:
         f"{-100 * comparison.loss:+.1f} points "
         f"(95 %: {-100 * comparison.loss_high:+.1f} to {-100 * comparison.loss_low:+.1f})",
     )
+    table.add_row("the same answer, the same text", "", "", f"{agreement.same_answer:.1%}, {agreement.same_text:.1%}")
     for scene in fidelity.scenes:
         table.add_row(
             f"perplexity, {scene.scene}",

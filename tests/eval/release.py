@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+from lightship.eval.agreement import measure_agreement
 from lightship.eval.comparison import compare
 from lightship.eval.gate import decide
 from lightship.eval.measures import Evidence
@@ -178,6 +179,7 @@ def release(*, losing: float = 0.02, questions: int = 700, text: str = "… the 
         quantized_accuracy=quantized,
         comparison=measured.comparison,
         verdict=decide(GATE, measured),
+        agreement=measure_agreement(source, quantized),
         versions={"lightship": "0.1.0+b238681", "torch": "2.13.0", "transformers": "5.23.0", "lm-eval": "0.4.13"},
         next_commands=["lightship promote 5f2c9e1b7ad3", "lightship serve out/checkpoint --tp 2 --port 8000"],
         questions=dict.fromkeys(measured.comparison.lost, question),

@@ -1,4 +1,4 @@
-"""A real HTTP server for tests: /v1/models, and /v1/completions with scripted texts, streamed or not."""
+"""A real HTTP server for tests: /v1/models, completions and chat completions with scripted texts, streamed or not."""
 
 import json
 import threading
@@ -24,50 +24,77 @@ class Stub:
     prompts: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     started: list[float] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    """The Authorization header of each request."""
 
 
 @contextmanager
 def serving(
-    tokenizer: Path,
+    tokenizer: Path | None,
     reply: Callable[[str], Reply] = lambda _: ("", "stop"),
     *,
     status: int = 200,
     seconds_per_token: float = 0.0,
     tokens_short: int = 0,
     breaks: Callable[[int], bool] = lambda _: False,
+    fails: Callable[[int], int | None] = lambda _: None,
+    seconds: float = 0.0,
+    message: dict[str, Any] | None = None,
+    key: str | None = None,
+    names: tuple[str, ...] = ("tiny",),
 ) -> Iterator[Stub]:
     """Serve until the block ends.
 
     Args:
+        tokenizer: of the prompts; chat has none.
         reply: prompt text -> text and finish_reason, for requests that are not streamed.
         status: answer every completion with this status.
         seconds_per_token: how long a streamed token takes.
         tokens_short: stop a stream this many tokens early.
         breaks: whether the n-th streamed request reports an error in mid-stream.
+        fails: a status with which the n-th request is answered, or 0 to close its connection.
+        seconds: how long an answer that is not streamed takes.
+        message: more of a chat answer's message, `reasoning_content` for one.
+        names: the models that it lists.
+        key: refuse requests without this API key, and repeat in the refusal the one that was given.
     """
-    from transformers import AutoTokenizer
-
-    decode = AutoTokenizer.from_pretrained(tokenizer).decode
+    decode = _decoder(tokenizer) if tokenizer else str
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
-            self._send({"data": [{"id": "tiny"}]})
+            stub.keys.append(self.headers["Authorization"])
+            if key is None or self.headers["Authorization"] == f"Bearer {key}":
+                self._send({"data": [{"id": name} for name in names]})
+            else:
+                self._send({"error": {"message": f"{self.headers['Authorization']} is not a key"}}, 401)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             stub.bodies.append(body)
             stub.started.append(time.perf_counter())
-            if status != 200:
+            stub.keys.append(self.headers["Authorization"])
+            failure = fails(len(stub.bodies))
+            if failure == 0:
+                self.close_connection = True
+            elif failure:
+                self._send({"error": {"message": "the experts are on holiday"}}, failure)
+            elif status != 200:
                 self._send({"error": {"message": "the experts are on holiday"}}, status)
             elif body.get("stream"):
                 self._stream(body, len(stub.bodies))
             else:
-                stub.prompts.append(decode(body["prompt"][0]))
-                text, finish_reason = reply(stub.prompts[-1])
-                self._send({"choices": [{"index": 0, "text": text, "finish_reason": finish_reason}]})
+                time.sleep(seconds)
+                chat = "messages" in body
+                prompt = body["messages"][-1]["content"] if chat else decode(body["prompt"][0])
+                stub.prompts.append(prompt)
+                text, finish_reason = reply(prompt)
+                said = {"message": {"content": text} | (message or {})} if chat else {"text": text}
+                logprobs = {"token_logprobs": [-0.5] * 10_000, "top_logprobs": [{"a": -0.5}] * 10_000}
+                said |= {"logprobs": logprobs} if "logprobs" in body else {}
+                self._send({"choices": [{"index": 0, "finish_reason": finish_reason, **said}]})
 
         def _send(self, value: object, code: int = 200) -> None:
             data = json.dumps(value).encode()
@@ -103,7 +130,7 @@ def serving(
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    stub = Stub(Endpoint(f"http://127.0.0.1:{server.server_port}", "tiny", tokenizer))
+    stub = Stub(Endpoint(f"http://127.0.0.1:{server.server_port}", "tiny", tokenizer or Path()))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -112,3 +139,10 @@ def serving(
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def _decoder(tokenizer: Path) -> Callable[[list[int]], str]:
+    from transformers import AutoTokenizer
+
+    decode: Callable[[list[int]], str] = AutoTokenizer.from_pretrained(tokenizer).decode
+    return decode

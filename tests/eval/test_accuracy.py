@@ -11,11 +11,17 @@ import pytest
 from lightship.endpoint import Endpoint
 from lightship.errors import EvaluationError
 from lightship.eval.accuracy import evaluate
+from lightship.eval.asking import prompt_digest
 from lightship.files import read_json, write_json
 from lightship.recipe import AccuracyTask
 from lightship.records import Accuracy
 from tests.eval.puzzles import write_questions
 from tests.eval.stub_server import Reply, serving
+
+SUBJECTS = [
+    *("biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history"),
+    *("law", "math", "other", "philosophy", "physics", "psychology"),
+]
 
 
 def task(questions: Path, **settings: Any) -> AccuracyTask:
@@ -24,7 +30,7 @@ def task(questions: Path, **settings: Any) -> AccuracyTask:
 
 def knows(questions: Path) -> Any:
     """A model that knows the test questions."""
-    rows = [json.loads(line) for line in (questions / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (questions / "test.jsonl").read_bytes().splitlines()]
     answers = {r["question"]: r["answer"] for r in rows}
 
     def reply(prompt: str) -> Reply:
@@ -42,7 +48,7 @@ def stock_prompts(questions: Path, categories: list[str], folder: Path, monkeypa
     data = folder / "TIGER-Lab" / "MMLU-Pro" / "data"
     data.mkdir(parents=True)
     for split in ("test", "validation"):
-        rows = [json.loads(line) for line in (questions / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in (questions / f"{split}.jsonl").read_bytes().splitlines()]
         datasets.Dataset.from_list(rows).to_parquet(data / f"{split}-00000-of-00001.parquet")
     monkeypatch.chdir(folder)
     manager = lm_eval.tasks.TaskManager(
@@ -131,6 +137,50 @@ def test_what_differs_from_the_stock_task_is_recorded(questions: Path, tokenizer
     assert stock.keys() == {"dataset"}
 
 
+def test_the_hubs_questions_are_asked_where_the_recipe_names_none(
+    questions: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    stock = stock_prompts(questions, ["biology", "computer science"], tmp_path / "stock", monkeypatch)
+    hub = datasets.load_dataset("parquet", data_dir=str(tmp_path / "stock" / "TIGER-Lab" / "MMLU-Pro" / "data"))
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *what, **more: asked.append((what, more)) or hub)
+    monkeypatch.setattr("lightship.eval.accuracy.check_subjects", lambda *_: None)
+    with serving(tokenizer, knows(questions)) as server:
+        accuracy = evaluate(server.endpoint, AccuracyTask(max_tokens=64, revision="4c2a"), tmp_path / "work")
+    assert asked == [(("TIGER-Lab/MMLU-Pro",), {"revision": "4c2a"})]
+    assert (accuracy.task, accuracy.accuracy, set(server.prompts)) == ("mmlu_pro", 1.0, stock)
+
+
+def test_without_the_hub_the_error_says_so_and_what_to_do(tokenizer: Path, tmp_path: Path) -> None:
+    with (
+        serving(tokenizer) as server,
+        pytest.raises(EvaluationError, match=r"TIGER-Lab/MMLU-Pro is not on this machine.*HF_HUB_OFFLINE.*local copy"),
+    ):
+        evaluate(server.endpoint, AccuracyTask(), tmp_path)
+
+
+def test_each_answer_carries_the_digest_of_its_prompt(questions: Path, tokenizer: Path, tmp_path: Path) -> None:
+    with serving(tokenizer, knows(questions)) as server:
+        accuracy = evaluate(server.endpoint, task(questions), tmp_path)
+    assert {a.prompt_digest for a in accuracy.answers} == {prompt_digest(prompt) for prompt in server.prompts}
+    assert len({a.prompt_digest for a in accuracy.answers}) == 9
+
+
+def test_mmlu_pro_without_a_subject_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    folder = write_questions(tmp_path / "mmlu_pro", {c: 1 for c in SUBJECTS if c != "law"})
+    with serving(tokenizer) as server, pytest.raises(EvaluationError, match="'mmlu_pro' have none about law"):
+        evaluate(server.endpoint, task(folder), tmp_path)
+
+
+def test_all_fourteen_subjects_are_mmlu_pro(tokenizer: Path, tmp_path: Path) -> None:
+    folder = write_questions(tmp_path / "mmlu_pro", dict.fromkeys(SUBJECTS, 2))
+    with serving(tokenizer, knows(folder)) as server:
+        accuracy = evaluate(server.endpoint, task(folder, limit=14), tmp_path)
+    assert accuracy.by_category() == dict.fromkeys(sorted(SUBJECTS), (1, 1))
+
+
 def test_other_questions_cannot_pass_for_mmlu_pro(tokenizer: Path, tmp_path: Path) -> None:
     folder = write_questions(tmp_path / "mmlu_pro", {"riddles": 1})
     with serving(tokenizer) as server, pytest.raises(EvaluationError, match="'riddles' is not one of MMLU-Pro's"):
@@ -148,18 +198,6 @@ def test_a_model_that_is_not_served_is_named(questions: Path, tokenizer: Path, t
         evaluate(Endpoint(server.endpoint.base_url, "huge", tokenizer), task(questions), tmp_path)
 
 
-@pytest.mark.parametrize("concurrency", [1, 4])
-def test_a_failing_server_is_named_and_its_words_are_kept(
-    concurrency: int, questions: Path, tokenizer: Path, tmp_path: Path
-) -> None:
-    with (
-        serving(tokenizer, status=500) as server,
-        pytest.raises(EvaluationError, match=rf"{server.endpoint.base_url}.* failed three times .*lm-eval\.log"),
-    ):
-        evaluate(server.endpoint, task(questions, concurrency=concurrency), tmp_path)
-    assert "the experts are on holiday" in (tmp_path / "lm-eval.log").read_text()
-
-
 def test_lm_eval_is_silent_and_caches_nothing(
     questions: Path,
     tokenizer: Path,
@@ -171,4 +209,4 @@ def test_lm_eval_is_silent_and_caches_nothing(
         evaluate(server.endpoint, task(questions), tmp_path / "work")
     assert capfd.readouterr() == ("", "")
     assert not [r for r in caplog.records if r.name.startswith("lm_eval")]
-    assert [p.name for p in (tmp_path / "work").iterdir()] == ["lm-eval.log"]
+    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["answers.jsonl", "lm-eval.log"]

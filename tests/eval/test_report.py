@@ -12,7 +12,7 @@ from lightship.eval import plots
 from lightship.eval.receipt import make_receipt
 from lightship.eval.report import HEADLINES, write_report
 from lightship.eval.report_style import CSS
-from lightship.records import Check
+from lightship.records import Accuracy, Check, TaskResult
 from tests.eval.release import calibration, release
 
 VOID = {"meta", "br", "rect", "line", "circle", "path", "polyline"}
@@ -63,6 +63,25 @@ def test_the_report_is_well_formed_and_shows_every_rule_figure_and_identity(tmp_
         assert said in page
     for rule in data.verdict.rules:
         assert rule.value in page
+
+
+def test_the_report_says_how_often_the_two_models_agree(tmp_path: Path) -> None:
+    page = written(tmp_path, agreement=msgspec.structs.replace(release().agreement, same_text=0.625))
+    assert "the same text to 62.5 %" in page
+
+
+def test_further_tasks_stand_beside_the_questions(tmp_path: Path) -> None:
+    def with_task(accuracy: Accuracy, value: float) -> Accuracy:
+        result = TaskResult(task="gsm8k", metrics={"exact_match/strict-match": value}, samples=[], overrides={})
+        return msgspec.structs.replace(accuracy, tasks=[result])
+
+    data = release()
+    page = written(
+        tmp_path,
+        source_accuracy=with_task(data.source_accuracy, 0.9),
+        quantized_accuracy=with_task(data.quantized_accuracy, 0.875),
+    )
+    assert re.search(r"gsm8k<small>exact_match/strict-match, 0 documents</small>.*90.0 %.*87.5 %.*−2.50 points", page)
 
 
 def test_nothing_is_fetched_from_the_network(tmp_path: Path) -> None:

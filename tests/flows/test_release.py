@@ -17,7 +17,7 @@ import pytest
 
 from lightship.checkpoint import INDEX
 from lightship.files import read_json
-from lightship.records import Accuracy, Promoted, Staged, Throughput, Verdict
+from lightship.records import Accuracy, Agreement, Promoted, Staged, Throughput, Verdict
 from lightship.release import ReleaseFile
 from lightship.tracking import Tracker
 from tests.conftest import write_lines
@@ -101,9 +101,11 @@ def test_a_release_ends_promoted_with_every_record(released: tuple[Path, str]) -
     assert read_json(directory / "promoted.json", Promoted).alias == "champion"
     assert read_json(directory / "staged.json", Staged).tensor_parallel == 2
     assert len(read_json(directory / "accuracy.json", Accuracy).answers) == 6
+    assert read_json(directory / "agreement.json", Agreement).questions == 6
+    assert (directory / "answers.jsonl").read_bytes().count(b"\n") == 6
     assert read_json(directory / "throughput.json", Throughput).concurrencies == [1, 2]
     assert read_json(directory / "release.json", ReleaseFile).release_id == directory.name
-    for said in (f"release {directory.name}", "routed experts", "verdict: pass", "report.html"):
+    for said in ("the same text to", f"release {directory.name}", "routed experts", "verdict: pass", "report.html"):
         assert said in printed
 
 
@@ -130,7 +132,9 @@ def test_mlflow_has_one_run_with_metrics_artifacts_and_both_aliases(
     (run,) = tracker.runs([released[0].name])
     assert run.info.status == "FINISHED"
     assert run.data.params["quantization.method"] == "mse"
-    assert {"accuracy", "source/accuracy", "fidelity/kl", "size/experts_shrink"} <= set(run.data.metrics)
+    assert {"accuracy", "source/accuracy", "agreement/same_text", "fidelity/kl", "size/experts_shrink"} <= set(
+        run.data.metrics
+    )
     artifacts = {f.path for f in tracker.client.list_artifacts(run.info.run_id)}
     assert {
         "plan.json",
@@ -280,4 +284,9 @@ def test_bad_input_ends_the_release_with_one_message_and_leaves_nothing(lightshi
     indivisible = lightship("release", "source", "--recipe", "wide.toml")
     assert indivisible.returncode == 2
     assert "serves at TP 8, which source cannot be divided by" in indivisible.stderr
+    asked = RECIPE.format(method="mse", shrink=0.45).replace("[accuracy]\n", '[accuracy]\ntasks = ["gsm8q"]\n')
+    (place / "odd.toml").write_text(asked)
+    unknown = lightship("release", "source", "--recipe", "odd.toml")
+    assert unknown.returncode == 2
+    assert "lm-eval has no task 'gsm8q'; the nearest are" in unknown.stderr
     assert sorted((place / "home" / "releases").iterdir()) == before

@@ -1,8 +1,10 @@
 import shutil
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,19 @@ def test_staging_refuses_files_that_are_not_the_manifests(server: Launched, w4af
     (changed / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"config\.json has changed"):
         stage(changed, server)
+
+
+def test_a_server_of_other_files_or_other_settings_has_another_identity(server: Launched, tmp_path: Path) -> None:
+    def identity(**changes: Any) -> str:
+        other = replace(server, **changes)
+        return other.endpoint.identity
+
+    copy = shutil.copytree(server.path, tmp_path / "copy", copy_function=shutil.copy2)
+    assert identity() == server.endpoint.identity == identity(base_url="http://127.0.0.1:9")
+    assert identity(settings=Serving(tp=2, activations="static")) != identity()
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace("{", '{"rope_theta_of_another": 1,', 1))
+    assert identity(path=copy) != identity()
 
 
 def test_whoever_else_answers_on_the_port_is_not_our_server(w4afp8_dir: Path, tmp_path: Path) -> None:
