@@ -9,7 +9,7 @@ the same command goes on after an interruption and asks only what is missing. lm
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
@@ -35,12 +35,13 @@ INVALID = "[invalid]"
 """What lm-eval's regex filter says where it finds nothing."""
 
 
-def evaluate(endpoint: Endpoint, task: AccuracyTask, work: Path) -> Accuracy:
+def evaluate(endpoint: Endpoint, task: AccuracyTask, work: Path, only: Collection[int | str] | None = None) -> Accuracy:
     """Ask the questions and keep every answer.
 
     Args:
         work: a directory for the answers and lm-eval's log. Answers that it holds of the same model to the same
             requests are not asked for again.
+        only: ids of those of the task's questions to ask; all if absent.
 
     Raises:
         EvaluationError: the questions or a further task cannot be used, the endpoint does not answer or does not serve
@@ -48,9 +49,10 @@ def evaluate(endpoint: Endpoint, task: AccuracyTask, work: Path) -> Accuracy:
     """
     started = time.monotonic()
     name = task.task_name
-    questions = load_questions(task.revision) if task.questions is None else read_questions(Path(task.questions))
+    questions = all_questions(task)
     check_subjects(name, questions)
-    asked = Questions(draw(questions.test, task.limit, task.seed), questions.validation)
+    drawn = draw(questions.test, task.limit, task.seed)
+    asked = Questions([q for q in drawn if only is None or q.question_id in only], questions.validation)
     served = identify_served(endpoint)
     work.mkdir(parents=True, exist_ok=True)
     with _quiet_lm_eval(work / "lm-eval.log"), AnswerLog.open(work / ANSWERS) as answers:
@@ -63,20 +65,32 @@ def evaluate(endpoint: Endpoint, task: AccuracyTask, work: Path) -> Accuracy:
         return Accuracy(
             task=name,
             answers=sorted(answered, key=lambda a: order[a.question_id]),
-            overrides=_overrides(task, questions, asked),
+            overrides=_overrides(task, questions, len(drawn)),
             tasks=[_ask_further(model, task, loaded) for loaded in more],
+            planned=None if only is None else len(drawn),
             seconds=time.monotonic() - started,
         )
 
 
-def _overrides(task: AccuracyTask, questions: Questions, asked: Questions) -> dict[str, str]:
+def all_questions(task: AccuracyTask) -> Questions:
+    """The task's directory, or the Hub's MMLU-Pro.
+
+    Raises:
+        EvaluationError: they cannot be read.
+    """
+    return load_questions(task.revision) if task.questions is None else read_questions(Path(task.questions))
+
+
+def _overrides(task: AccuracyTask, questions: Questions, drawn: int) -> dict[str, str]:
     overrides = {"dataset": f"{task.task_name} sha256:{questions.digest()}"}
     if task.questions is not None:
         overrides["dataset"] = f"{Path(task.questions).name} sha256:{questions.digest()}"
     if task.max_tokens != STOCK_MAX_TOKENS:
         overrides["max_gen_toks"] = str(task.max_tokens)
-    if len(asked.test) < len(questions.test):
-        overrides["limit"] = f"{len(asked.test)} of {len(questions.test)}, seed {task.seed}"
+    if drawn < len(questions.test):
+        overrides["limit"] = f"{drawn} of {len(questions.test)}, seed {task.seed}"
+    if task.sequential:
+        overrides["stages"] = f"asked in stages until settled, seed {task.seed}"
     return overrides | _asking_overrides(task)
 
 

@@ -19,10 +19,6 @@ def check_inputs(source: Path, recipe_path: Path) -> None:
         LightshipError: names what is missing, damaged or impossible.
     """
     recipe = load_recipe(recipe_path)
-    if recipe.accuracy.sequential:
-        raise LightshipError(
-            f"the recipe {recipe_path}: accuracy.sequential is not carried out by `lightship release` yet; leave it out"
-        )
     checkpoint = Checkpoint.open(source)
     plan = plan_quantization(checkpoint)
     checkpoint.transformers_config()

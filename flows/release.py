@@ -6,6 +6,7 @@ Runs with Prefect's ephemeral server, or against PREFECT_API_URL. Each task is a
 works without Prefect; a stage whose record exists is read, not run.
 """
 
+from functools import cache
 from pathlib import Path
 
 from prefect import flow, task
@@ -65,8 +66,11 @@ def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
         )
         with Servers(work) as servers:
             stage_checkpoint(work, servers)
-            before = evaluate_source(work, servers)
-            after = evaluate_quantized(work, servers)
+            if work.recipe.accuracy.sequential:
+                before, after = evaluate_in_stages(work, servers)
+            else:
+                before = evaluate_source(work, servers)
+                after = evaluate_quantized(work, servers)
             benchmark_both(work, servers)
         measure_fidelity(work)
         measure_agreement(work, before, after)
@@ -167,6 +171,25 @@ def evaluate_quantized(work: Release, servers: Servers) -> Accuracy:
 
 
 @task(cache_policy=NO_CACHE)
+def evaluate_in_stages(work: Release, servers: Servers) -> tuple[Accuracy, Accuracy]:
+    """How many answers of the source there are is then this release's, so its record is not the source's."""
+    from lightship.eval.settling import evaluate_until_settled, loss_policy, sentence
+
+    @cache
+    def both() -> tuple[Accuracy, Accuracy]:
+        return evaluate_until_settled(
+            (servers.source, work.source_directory),
+            (servers.quantized, work.directory),
+            work.recipe.accuracy,
+            loss_policy(work.recipe.gate),
+            lambda look: print(f"    {sentence(look)}", flush=True),
+        )
+
+    before = work.stage("source-accuracy", Accuracy, lambda: both()[0])
+    return before, work.stage("accuracy", Accuracy, lambda: both()[1])
+
+
+@task(cache_policy=NO_CACHE)
 def measure_agreement(work: Release, before: Accuracy, after: Accuracy) -> Agreement:
     from lightship.eval import agreement
 
@@ -198,8 +221,10 @@ def measure_fidelity(work: Release) -> Fidelity:
 @task(cache_policy=NO_CACHE)
 def compare_answers(work: Release, before: Accuracy, after: Accuracy) -> Comparison:
     from lightship.eval.comparison import compare
+    from lightship.eval.settling import looks_of
 
-    return work.stage("comparison", Comparison, lambda: compare(before, after))
+    looks = looks_of(before, work.recipe.accuracy)
+    return work.stage("comparison", Comparison, lambda: compare(before, after, looks, before.planned))
 
 
 @task(cache_policy=NO_CACHE)

@@ -240,6 +240,8 @@ class Recipe(Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         check_gate(self.gate)
+        if self.accuracy.sequential and all(against == "champion" for against, _ in self.gate.limits("accuracy_loss")):
+            raise ValueError("accuracy.sequential stops by the gate's accuracy_loss against the source; set that limit")
 
 
 def load_recipe(path: Path) -> Recipe:

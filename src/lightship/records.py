@@ -419,6 +419,8 @@ class Accuracy(Record, frozen=True, kw_only=True):
     """Of the run that finished it; an interrupted one has answered some of the questions before."""
     tasks: list[TaskResult] = []
     """The recipe's further tasks."""
+    planned: int | None = None
+    """Where questions were asked in stages until it was settled: how many would have been asked in all."""
 
     @property
     def accuracy(self) -> float:
