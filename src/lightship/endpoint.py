@@ -1,6 +1,6 @@
 """A served model as its clients see it: an OpenAI-compatible address, a model name, and its tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightship.errors import ServingError
@@ -16,9 +16,12 @@ class Endpoint:
     """The name that `/v1/models` lists."""
     tokenizer: Path
     """A directory with the model's tokenizer."""
+    api_key: str | None = field(default=None, repr=False)
+    context_tokens: int | None = None
+    """`max_model_len`, if `/v1/models` says it."""
 
     @classmethod
-    def connect(cls, url: str, tokenizer: Path) -> "Endpoint":
+    def connect(cls, url: str, tokenizer: Path, api_key: str | None = None) -> "Endpoint":
         """The first model that a running server lists.
 
         Raises:
@@ -28,7 +31,9 @@ class Endpoint:
 
         base_url = url.rstrip("/").removesuffix("/v1")
         try:
-            models = httpx.get(f"{base_url}/v1/models", timeout=10, trust_env=False).raise_for_status().json()["data"]
-            return cls(base_url, models[0]["id"], tokenizer)
+            headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+            answer = httpx.get(f"{base_url}/v1/models", timeout=10, trust_env=False, headers=headers)
+            model = answer.raise_for_status().json()["data"][0]
+            return cls(base_url, model["id"], tokenizer, api_key, model.get("max_model_len"))
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             raise ServingError(f"{base_url}/v1/models does not list a model ({error}); is the server up?") from error

@@ -29,7 +29,14 @@ from lightship.records import Record
 from lightship.text import digest_of_text
 
 R = TypeVar("R", bound=Record)
-PACKAGES = ("lightship", "lightship.quant", "lightship.eval", "lightship.serving", "lightship.flows")
+PACKAGES = (
+    "lightship",
+    "lightship.quant",
+    "lightship.eval",
+    "lightship.eval.load",
+    "lightship.serving",
+    "lightship.flows",
+)
 ENGINE_PACKAGES = ("torch", "transformers", "lm-eval")
 ID_LENGTH = 12
 
