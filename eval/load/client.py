@@ -56,7 +56,7 @@ class Sample:
         self.error, self.said, self.done = kind, said[:SAID_CHARACTERS], True
 
 
-class RequestFailed(Exception):
+class RequestError(Exception):
     """The server answered, but not with a completion. Its arguments are the kind and what the server said."""
 
 
@@ -115,9 +115,9 @@ class Client:
         try:
             async with self._session.post(self._url, data=body, trace_request_ctx=sample) as response:
                 if response.status >= 400:
-                    raise RequestFailed(f"HTTP {response.status}", f"{response.status} {await response.text()}")
+                    raise RequestError(f"HTTP {response.status}", f"{response.status} {await response.text()}")
                 await _read(response.content, sample)
-        except RequestFailed as error:
+        except RequestError as error:
             sample.fail(*error.args)
         except msgspec.DecodeError as error:
             sample.fail("not a completion", str(error))
@@ -147,7 +147,7 @@ async def _read(stream: "aiohttp.StreamReader", sample: Sample) -> None:
                 continue
             event = _decode(data)
             if event.error is not None:
-                raise RequestFailed("error in the stream", msgspec.json.encode(event.error).decode())
+                raise RequestError("error in the stream", msgspec.json.encode(event.error).decode())
             # The last event may carry no more than the reason why the answer ends.
             if event.choices and (
                 event.choices[0].text or event.choices[0].finish_reason is None or not sample.arrivals

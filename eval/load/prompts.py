@@ -1,7 +1,7 @@
 """Prompts of given lengths, made from a text's tokens: the same every time, and alike exactly where they shall be.
 
-A prompt is a row of blocks. Blocks of one id have the same tokens in every prompt, so a server's prefix cache finds what it
-would have found in the traced service. Blocks of different ids begin differently, however short the text is.
+A prompt is a row of blocks. Blocks of one id have the same tokens in every prompt, so a server's prefix cache finds
+what it would have found in the traced service. Blocks of different ids begin differently, however short the text is.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,7 +34,8 @@ class PromptText:
         self._digits = sorted(set(tokens))
         if len(self._digits) < LEAST_TOKENS:
             raise EvaluationError(
-                f"the text for prompts has {len(self._digits)} different tokens, fewer than {LEAST_TOKENS}; give more text"
+                f"the text for prompts has {len(self._digits)} different tokens, fewer than {LEAST_TOKENS}; "
+                "give more text"
             )
 
     def block(self, number: int, tokens: int) -> list[int]:

@@ -2,9 +2,9 @@
 
     sweep(servers, text, SweepSettings(unit="requests a second", slo=Slo(ttft_ms=500, tpot_ms=50)))
 
-With limits, a load is sustained if at least `share` of its requests keep them. Without, a rate is sustained if nine tenths
-of it are answered; and a number in flight, if throughput has grown by at least the square root of what it has grown by:
-twice as many must bring 41 % more answers.
+With limits, a load is sustained if at least `share` of its requests keep them. Without, a rate is sustained if nine
+tenths of it are answered; and a number in flight, if throughput has grown by at least the square root of what it has
+grown by: twice as many must bring 41 % more answers.
 """
 
 import asyncio

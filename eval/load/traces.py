@@ -4,7 +4,8 @@
     rows = cut(rows, speed=2.0, seconds=60)
 
 Azure's LLM inference traces are CSV (`TIMESTAMP,ContextTokens,GeneratedTokens`), Mooncake's are JSON lines (`timestamp`
-in ms, `input_length`, `output_length`, `hash_ids`: an id for each 512 tokens of the prompt, equal ids for equal prefixes).
+in ms, `input_length`, `output_length`, `hash_ids`: an id for each 512 tokens of the prompt, equal ids for equal
+prefixes).
 """
 
 import csv
@@ -30,7 +31,7 @@ class Arrival:
     prompt_tokens: int
     output_tokens: int
     blocks: tuple[int, ...] = ()
-    """Ids of the prompt's blocks, `MOONCAKE_BLOCK_TOKENS` each, the last perhaps shorter; empty if nothing is shared."""
+    """Ids of the prompt's blocks, `MOONCAKE_BLOCK_TOKENS` each, the last perhaps shorter; empty: nothing is shared."""
 
 
 class MooncakeRow(msgspec.Struct):

@@ -1,9 +1,12 @@
 """A served model as its clients see it: an OpenAI-compatible address, a model name, and its tokenizer."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightship.errors import ServingError
+
+KEY_VARIABLE = "LIGHTSHIP_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,20 @@ class Endpoint:
             return cls(base_url, model["id"], tokenizer, api_key, model.get("max_model_len"))
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             raise ServingError(f"{base_url}/v1/models does not list a model ({error}); is the server up?") from error
+
+
+def read_api_key(path: Path | None) -> str | None:
+    """The key in a file, or in $LIGHTSHIP_API_KEY without one; never an argument, which every user of the machine sees.
+
+    Raises:
+        ServingError: the file cannot be read or is empty.
+    """
+    if path is None:
+        return os.environ.get(KEY_VARIABLE) or None
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServingError(f"the API key file {path} cannot be read: {error}") from error
+    if not key:
+        raise ServingError(f"the API key file {path} is empty")
+    return key
