@@ -8,7 +8,7 @@ aiohttp, because httpx takes several times the processor time for each event: be
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -177,4 +177,10 @@ async def open_client(endpoint: Endpoint) -> AsyncIterator[Client]:
         trust_env=False,
         trace_configs=[trace],
     ) as session:
+        # The first request of a session loads modules, which takes longer than a request may be late.
+        with suppress(aiohttp.ClientError, TimeoutError):
+            async with session.get(
+                f"{endpoint.base_url.rstrip('/')}/v1/models", trace_request_ctx=Sample(None, 0)
+            ) as hello:
+                await hello.read()
         yield Client(endpoint, session)

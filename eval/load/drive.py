@@ -52,9 +52,9 @@ async def send_on_time(
     bodies = [client.body_of(r) for r in requests]
     samples: list[Sample] = []
     flying: set[asyncio.Task[Sample]] = set()
-    start = time.perf_counter() + START_SECONDS
 
     async def send() -> None:
+        start = time.perf_counter() + START_SECONDS
         for request, body in zip(requests, bodies, strict=True):
             due = start + request.due
             # Awaited even when late, so that answers are read between two requests that are due at once.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 PRECISION = 1.1
 """Bisection ends when the refused load is at most this many times the sustained one."""
-MOST_DOUBLINGS = 12
+MOST_DOUBLINGS = 16
 """From the start, up or down, before the search gives up."""
 
 

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +24,8 @@ class Stub:
     prompts: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     started: list[float] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    """The Authorization headers of all requests."""
 
 
 @contextmanager
@@ -35,6 +37,8 @@ def serving(
     seconds_per_token: float = 0.0,
     tokens_short: int = 0,
     breaks: Callable[[int], bool] = lambda _: False,
+    one_at_a_time: bool = False,
+    context_tokens: int | None = None,
 ) -> Iterator[Stub]:
     """Serve until the block ends.
 
@@ -44,9 +48,12 @@ def serving(
         seconds_per_token: how long a streamed token takes.
         tokens_short: stop a stream this many tokens early.
         breaks: whether the n-th streamed request reports an error in mid-stream.
+        one_at_a_time: streams wait for one another, so that there is a rate beyond which they pile up.
+        context_tokens: what /v1/models says of the model's context.
     """
     from transformers import AutoTokenizer
 
+    turn: AbstractContextManager[object] = threading.Lock() if one_at_a_time else nullcontext()
     decode = AutoTokenizer.from_pretrained(tokenizer).decode
 
     class Handler(BaseHTTPRequestHandler):
@@ -54,16 +61,19 @@ def serving(
         disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
-            self._send({"data": [{"id": "tiny"}]})
+            stub.keys.append(self.headers["Authorization"])
+            self._send({"data": [{"id": "tiny"} | ({"max_model_len": context_tokens} if context_tokens else {})]})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             stub.bodies.append(body)
+            stub.keys.append(self.headers["Authorization"])
             stub.started.append(time.perf_counter())
             if status != 200:
                 self._send({"error": {"message": "the experts are on holiday"}}, status)
             elif body.get("stream"):
-                self._stream(body, len(stub.bodies))
+                with turn:
+                    self._stream(body, len(stub.bodies))
             else:
                 stub.prompts.append(decode(body["prompt"][0]))
                 text, finish_reason = reply(stub.prompts[-1])
@@ -87,7 +97,8 @@ def serving(
                 self._event({"choices": [{"index": 0, "text": "a"}]})
                 if breaks(number):
                     self._event({"error": {"message": "out of memory"}})
-            self._event({"choices": [], "usage": {"completion_tokens": tokens}})
+            usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": tokens}
+            self._event({"choices": [], "usage": usage})
             self._chunk(b"data: [DONE]\n\n")
             self._chunk(b"")
 
