@@ -10,7 +10,7 @@ from typing import Any
 
 MODELS = b'{"object": "list", "data": [{"id": "instant", "max_model_len": 131072}]}'
 HEADERS = {True: [(b"content-type", b"text/event-stream")], False: [(b"content-type", b"application/json")]}
-TOKEN = b'data: {"id": "0", "object": "text_completion", "choices": [{"index": 0, "text": " a", "finish_reason": null}]}\n\n'
+TOKEN = b'data: {"id": "0", "choices": [{"index": 0, "text": " a", "logprobs": null, "finish_reason": null}]}\n\n'
 
 
 async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:

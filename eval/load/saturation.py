@@ -32,8 +32,6 @@ GROWTH = 0.5
 """Without limits: throughput must grow by at least the growth in flight to this power."""
 LEAST_REQUESTS = 20
 """Of a step: fewer say little about a share."""
-REST_SECONDS = 1.0
-"""Between steps; a server takes a moment to drop what was given up."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,8 @@ class SweepSettings:
     start: float = 1.0
     most: float = math.inf
     seed: int = 0
+    rest_seconds: float = 1.0
+    """Between steps; a server takes a moment to drop what was given up."""
 
     @property
     def criterion(self) -> str:
@@ -135,7 +135,7 @@ async def _step(sweep: Sweep, text: PromptText, settings: SweepSettings) -> bool
     sustained, why = judge(load, figures, samples[warmup:], best, settings)
     sweep.steps.append(Step(load=load, sustained=sustained, why=why, figures=figures))
     sweep.search.note(load, sustained)
-    await asyncio.sleep(REST_SECONDS)
+    await asyncio.sleep(settings.rest_seconds)
     return True
 
 
@@ -181,7 +181,7 @@ def is_hopeless(samples: Sequence[Sample], now: float, planned: int, settings: S
         for s in samples[warmup:]
         if s.begun
     )
-    return missed > (1 - settings.share) * (planned - warmup)
+    return planned - warmup - missed < settings.share * (planned - warmup)
 
 
 def judge(

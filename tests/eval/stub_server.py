@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,7 +72,7 @@ def serving(
             if status != 200:
                 self._send({"error": {"message": "the experts are on holiday"}}, status)
             elif body.get("stream"):
-                with turn:
+                with turn, suppress(ConnectionError):
                     self._stream(body, len(stub.bodies))
             else:
                 stub.prompts.append(decode(body["prompt"][0]))
