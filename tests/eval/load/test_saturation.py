@@ -12,7 +12,7 @@ from lightship.records import Slo
 from tests.eval.stub_server import serving
 
 TEXT = PromptText(range(100))
-SLO = Slo(ttft_ms=250, tpot_ms=200)
+SLO = Slo(ttft_ms=120, tpot_ms=200)
 QUICK = SweepSettings(
     "requests a second",
     SLO,
@@ -27,21 +27,22 @@ QUICK = SweepSettings(
 
 @pytest.mark.slow
 def test_the_knee_lies_at_the_capacity_and_the_ratio_is_that_of_the_capacities(tokenizer: Path) -> None:
-    # A request takes two tokens' time and waits for those before it: 50 and 100 a second at most.
+    # A request takes two tokens' time and waits for those before it: 50 and 100 a second. In a step of a second, a queue
+    # that grows slowly does not reach the limit, so the knee may lie somewhat higher.
     with (
         serving(tokenizer, seconds_per_token=0.01, one_at_a_time=True) as slow,
         serving(tokenizer, seconds_per_token=0.005, one_at_a_time=True) as fast,
     ):
         report = sweep({"slow": slow.endpoint, "fast": fast.endpoint}, TEXT, QUICK)
     knees = {x.server: x for x in report.servers}
-    assert 15 <= knees["slow"].highest <= 60
-    assert 30 <= knees["fast"].highest <= 120
-    assert report.ratio() == pytest.approx(2, rel=0.45)
+    assert 15 <= knees["slow"].highest <= 70
+    assert 30 <= knees["fast"].highest <= 140
+    assert report.ratio() == pytest.approx(2, rel=0.5)
     for found in report.servers:
         assert found.refused is not None
         assert found.highest < found.refused <= 1.12 * found.highest
         assert all(s.sustained == (s.load <= found.highest) for s in found.steps)
-    assert report.criterion == "90% of the requests with TTFT at most 250 ms and TPOT at most 200 ms"
+    assert report.criterion == "90% of the requests with TTFT at most 120 ms and TPOT at most 200 ms"
 
 
 @pytest.mark.slow
@@ -77,11 +78,11 @@ def test_a_step_is_hopeless_once_more_have_missed_than_may() -> None:
         return Sample(begun, 2, begun=begun)
 
     late = [waiting(9.0) for _ in range(3)]
-    assert not is_hopeless(late, 9.2, 20, QUICK)
+    assert not is_hopeless(late, 9.1, 20, QUICK)
     assert is_hopeless(late, 9.3, 20, QUICK)
     assert not is_hopeless(late[:2], 9.3, 20, QUICK)
 
 
 def test_patience_ends_when_no_answer_can_be_good_any_more() -> None:
-    assert patience_of(QUICK) == pytest.approx(0.25 + 2 * 0.2 + 1)
+    assert patience_of(QUICK) == pytest.approx(0.12 + 2 * 0.2 + 1)
     assert patience_of(SweepSettings("requests a second", Slo(ttft_ms=5), seconds=7)) == 7

@@ -5,6 +5,7 @@ The field names of a result are those of SGLang 0.5.17, `sglang/benchmark/servin
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def write(path: Path, *results: dict[str, Any]) -> Path:
 def test_the_command_asks_for_the_load_with_details_and_hides_the_key() -> None:
     command = command_of(["docker", "exec", "sgl", "python3"], ENDPOINT, LOAD, Path("/tmp/out.jsonl"))
     assert command[:6] == ["docker", "exec", "sgl", "python3", "-m", "sglang.benchmark.serving"]
-    options = dict(zip(command, command[1:], strict=False))
+    options = dict(pairwise(command))
     assert options["--base-url"] == "http://127.0.0.1:30000"
     assert (options["--served-model-name"], options["--tokenizer"]) == ("served-name", "/models/demo")
     assert (options["--random-input-len"], options["--random-output-len"]) == ("16", "3")
@@ -70,7 +71,7 @@ def test_the_command_asks_for_the_load_with_details_and_hides_the_key() -> None:
 
 def test_a_rate_is_asked_for_as_poisson_arrivals() -> None:
     command = command_of(["python3"], ENDPOINT, SglangLoad(requests=3, rate=2.5), Path("out"))
-    assert dict(zip(command, command[1:], strict=False))["--request-rate"] == "2.5"
+    assert dict(pairwise(command))["--request-rate"] == "2.5"
     assert "--max-concurrency" not in command
 
 
@@ -97,7 +98,7 @@ def test_a_result_becomes_the_same_record_as_our_own(tmp_path: Path) -> None:
     [
         ("", "is not an output file"),
         ("{", "is not an output file"),
-        ('{"duration": 1}', "lacks input_lens, .*--output-d"),
+        ('{"duration": 1}', "lacks input_lens, .*--output"),
     ],
 )
 def test_a_file_that_is_no_result_is_refused(tmp_path: Path, text: str, message: str) -> None:
