@@ -27,7 +27,7 @@ QUICK = SweepSettings(
 
 @pytest.mark.slow
 def test_the_knee_lies_at_the_capacity_and_the_ratio_is_that_of_the_capacities(tokenizer: Path) -> None:
-    # A request takes two tokens' time and waits for those before it: 50 and 100 a second. In a step of a second, a queue
+    # A request takes the time of two tokens and waits for those before it: 50 and 100 a second. In a second, a queue
     # that grows slowly does not reach the limit, so the knee may lie somewhat higher.
     with (
         serving(tokenizer, seconds_per_token=0.01, one_at_a_time=True) as slow,
