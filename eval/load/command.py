@@ -34,6 +34,10 @@ def run_load(servers: Mapping[str, Endpoint], arguments: argparse.Namespace) -> 
         LightshipError: the trace or text cannot be read, the requests do not fit the model, or a server
             answers nothing.
     """
+    if arguments.share > 1:
+        raise EvaluationError(f"--share {arguments.share:g} is more than all requests; give at most 1")
+    if arguments.factor and arguments.fit != "scale":
+        raise EvaluationError("--factor scales lengths; give --fit scale with it")
     slo = Slo(ttft_ms=arguments.ttft_ms, tpot_ms=arguments.tpot_ms) if arguments.ttft_ms or arguments.tpot_ms else None
     if arguments.sglang:
         return _by_sglang(servers, arguments, slo)

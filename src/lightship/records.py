@@ -457,7 +457,7 @@ class Figures(Record, frozen=True, kw_only=True):
     time_to_first_token_ms: Percentiles
     time_per_output_token_ms: Percentiles
     input_tokens_per_second: float | None = None
-    """Null in records of lightship before 0.2, as are the figures below."""
+    """Null, as the two latencies below, in records of a time when it was not measured."""
     inter_token_latency_ms: Percentiles | None = None
     end_to_end_ms: Percentiles | None = None
     errors_by_kind: dict[str, int] = {}

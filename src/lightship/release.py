@@ -170,10 +170,24 @@ def identify(source: Checkpoint, recipe: Recipe) -> Identity:
         source=source.digest,
         recipe=digest_of([settings_of(recipe), task_name(recipe)]),
         texts=digest_of([digest_of_text(recipe.calibration.sources), digest_of_text(recipe.fidelity.sources)]),
-        questions=digest_of([digest_of_file(p) for p in question_files(Path(recipe.accuracy.questions))]),
+        questions=digest_of([digest_of_file(p) for p in measured_files(recipe)]),
         code=digest_of_code(),
         engine=digest_of([recipe.serving.engine, *(version(p) for p in ENGINE_PACKAGES)]),
     )
+
+
+def measured_files(recipe: Recipe) -> list[Path]:
+    """The files behind accuracy and throughput: the questions, and the trace if there is one.
+
+    Raises:
+        LightshipError: one is missing.
+    """
+    files = question_files(Path(recipe.accuracy.questions))
+    if recipe.throughput.trace:
+        files.append(Path(recipe.throughput.trace.path))
+        if not files[-1].is_file():
+            raise LightshipError(f"the trace {files[-1]} is missing; check `throughput.trace.path` of the recipe")
+    return files
 
 
 def question_files(directory: Path) -> list[Path]:

@@ -100,6 +100,8 @@ def test_the_key_comes_from_a_file_or_the_environment(
     [
         (["--rate", "1", "--prompt-tokens", "200"], "232 together, more than the model's context of 160"),
         (["--trace", "gone.csv"], "gone.csv cannot be read"),
+        (["--sweep", "--share", "90"], "--share 90 is more than all requests"),
+        (["--trace", "t.csv", "--factor", "0.5"], "give --fit scale with it"),
         (["--sweep", "--sglang", "python3"], "with --concurrency or --rate"),
         (["--rate", "1", "--api-key-file", "gone.key"], "the API key file gone.key cannot be read"),
     ],
