@@ -237,7 +237,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['load_average']:.1f}.\n\n"
         f"A server in a process of its own answers {result['output_tokens']} tokens at once, an event each, to prompts "
         f"of {result['prompt_tokens']} tokens. Client and\nserver share the cores, and a bare socket that parses "
-        f"nothing shows what is theirs. {result['requests']} requests, the median of {result['rounds']} rounds.\n\n"
+        f"nothing shows what is theirs. {result['requests']} requests, the median of {result['rounds']} rounds.\n"
+        "Where a client drives as much as the bare socket, the server is the limit.\n\n"
         f"{tables[0]}\n\nHow late requests leave at a rate, from due to the header handed to the socket:\n\n"
         f"{tables[1]}\n"
     )

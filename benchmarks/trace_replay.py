@@ -51,9 +51,9 @@ class Replay:
 
 AZURE, CODE, MOONCAKE = "azure_llm_2023_conv.csv", "azure_llm_2023_code.csv", "mooncake_conversation_4000.jsonl"
 REPLAYS = [
-    Replay("instant", AZURE, 4.0, 60, "clip"),
-    Replay("instant", CODE, 4.0, 60, "clip"),
-    Replay("instant", MOONCAKE, 4.0, 60, "clip"),
+    Replay("instant", AZURE, 2.0, 60, "clip"),
+    Replay("instant", CODE, 2.0, 60, "clip"),
+    Replay("instant", MOONCAKE, 2.0, 60, "clip"),
     Replay("local", AZURE, 0.5, 120, "scale", 0.03),
     Replay("local", MOONCAKE, 0.25, 120, "scale", 0.005),
 ]
