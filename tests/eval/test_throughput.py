@@ -104,7 +104,9 @@ def test_a_recipes_rate_and_trace_put_each_server_under_the_same_requests(tokeni
         servers = (
             Endpoint(s.endpoint.base_url, "tiny", tokenizer, context_tokens=c) for s, c in ((one, 500), (other, 600))
         )
-        result = benchmark(dict(zip(SERVERS, servers, strict=True)), load, PROMPTS)
+        result = benchmark(
+            dict(zip(SERVERS, servers, strict=True)), load, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(8)]
+        )
     assert [r.workload.arrivals for r in result.arrivals] == ["poisson", "trace"]
     assert [[x.server for x in r.servers] for r in result.arrivals] == [["source", "quantized"]] * 2
     assert [x["prompt"] for x in one.bodies[-2:]] == [x["prompt"] for x in other.bodies[-2:]]
