@@ -210,6 +210,47 @@ def parser() -> argparse.ArgumentParser:
     recipe(sub)
 
     sub = command(
+        "load",
+        _load,
+        "Put a server, or two in turns, under load: so many requests at once, at a rate, or as a trace tells.",
+        "load http://127.0.0.1:8000 --tokenizer DIR --trace conv.csv --seconds 60",
+    )
+    sub.add_argument("url", help="of an OpenAI-compatible server")
+    sub.add_argument("--tokenizer", type=Path, required=True, help="directory with the model's tokenizer")
+    sub.add_argument("--against", metavar="URL", help="another server, measured first, for the ratio")
+    how = sub.add_mutually_exclusive_group(required=True)
+    how.add_argument("--concurrency", type=_from(1, 100_000), help="requests in flight")
+    how.add_argument("--rate", type=_above_zero, help="requests a second, Poisson arrivals")
+    how.add_argument(
+        "--trace", type=Path, metavar="FILE", help="Azure's LLM inference trace (.csv) or Mooncake's (.jsonl)"
+    )
+    how.add_argument("--sweep", choices=["rate", "concurrency"], const="rate", nargs="?", help="find the knee")
+    sub.add_argument("--seconds", type=_above_zero, help="of arrivals; of a sweep's step (default: 60; 20)")
+    sub.add_argument("--requests", type=_from(1, 10_000_000), help="at most so many of a trace; so many otherwise")
+    sub.add_argument("--speed", type=_above_zero, default=1.0, help="2.0 replays a trace twice as fast")
+    sub.add_argument("--fit", choices=["clip", "scale"], default="clip", help="what becomes of a trace's long requests")
+    sub.add_argument("--factor", type=_above_zero, help="with --fit scale: multiply lengths by this (default: to fit)")
+    sub.add_argument("--window", type=_from(2, 100_000_000), help="tokens of prompt and answer (default: the server's)")
+    sub.add_argument("--prompt-tokens", type=_from(1, 10_000_000), default=256, help="(default: %(default)s)")
+    sub.add_argument("--output-tokens", type=_from(1, 1_000_000), default=32, help="(default: %(default)s)")
+    sub.add_argument("--text", type=Path, help="file or folder that prompts are made of (default: random tokens)")
+    sub.add_argument("--ttft-ms", type=_above_zero, help="limit of the time to the first token")
+    sub.add_argument("--tpot-ms", type=_above_zero, help="limit of the time a further token")
+    sub.add_argument(
+        "--share", type=_above_zero, default=0.9, help="of requests within the limits (default: %(default)s)"
+    )
+    sub.add_argument("--start", type=_above_zero, default=1.0, help="a sweep's first load (default: %(default)s)")
+    sub.add_argument("--most", type=_above_zero, help="a sweep's largest load")
+    sub.add_argument("--seed", type=_from(0, 2**31), default=0, help="of Poisson arrivals (default: %(default)s)")
+    sub.add_argument("--warmup-requests", type=_from(0, 1_000_000), default=0, help="sent first, and not counted")
+    sub.add_argument(
+        "--warmup-seconds", type=float, default=0.0, help="what begins in the first seconds is not counted"
+    )
+    sub.add_argument("--api-key-file", type=Path, help="file with the servers' API key (default: $LIGHTSHIP_API_KEY)")
+    sub.add_argument("--sglang", metavar="PYTHON", help="let SGLang's own client make the load, run by this command")
+    sub.add_argument("--out", type=Path, help="write the record as JSON to this file")
+
+    sub = command(
         "release",
         _release,
         "Plan, quantize, verify, stage, evaluate, benchmark, judge and promote.",
@@ -271,6 +312,17 @@ def _from(least: int, most: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
         return int(text)
 
+    return number
+
+
+def _above_zero(text: str) -> float:
+    """An argument's type: a positive, finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
 
 
@@ -441,6 +493,24 @@ def _bench(arguments: argparse.Namespace) -> int:
     print(summary.sentence(throughput))
     if arguments.out:
         write_json(arguments.out, throughput)
+    return 0
+
+
+def _load(arguments: argparse.Namespace) -> int:
+    from lightship import summary
+    from lightship.endpoint import Endpoint, read_api_key
+    from lightship.eval.load.command import run_load
+    from lightship.files import write_json
+    from lightship.records import SweepReport
+    from lightship.tables import load_table, show, sweep_table
+
+    key = read_api_key(arguments.api_key_file)
+    urls = [arguments.against, arguments.url] if arguments.against else [arguments.url]
+    report = run_load({url: Endpoint.connect(url, arguments.tokenizer, key) for url in urls}, arguments)
+    show(sweep_table(report) if isinstance(report, SweepReport) else load_table(report))
+    print(summary.sentence(report))
+    if arguments.out:
+        write_json(arguments.out, report)
     return 0
 
 
