@@ -167,13 +167,10 @@ async def open_client(endpoint: Endpoint) -> AsyncIterator[Client]:
 
     trace = aiohttp.TraceConfig()
     trace.on_request_headers_sent.append(note)
-    headers = {"Content-Type": "application/json"}
-    if endpoint.api_key:
-        headers["Authorization"] = f"Bearer {endpoint.api_key}"
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
         timeout=aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=CONNECT_SECONDS),
-        headers=headers,
+        headers={"Content-Type": "application/json"} | endpoint.headers,
         trust_env=False,
         trace_configs=[trace],
     ) as session:
