@@ -56,8 +56,11 @@ def test_permuted_experts_are_named_against_the_source_and_move_the_model(refuse
     assert refused[PERMUTED]["verification"].explanation.startswith(said)
 
 
-def test_only_the_divergence_sees_permuted_experts_where_there_is_no_source(checkpoints: dict[str, Path]) -> None:
+def test_only_the_divergence_sees_permuted_experts_where_the_audit_has_no_source(
+    checkpoints: dict[str, Path], refused: dict[str, Refusals]
+) -> None:
     assert verify(checkpoints[PERMUTED]).passed
+    assert "kl" in refused[PERMUTED]
 
 
 def test_input_scales_at_one_are_named_though_dynamic_activations_do_not_use_them(
