@@ -140,7 +140,7 @@ def judge(case: Case, work: Path, recipe: Any) -> dict[str, Any]:
     alone = verify(release.checkpoint_dir)
     return {
         "case": case.name,
-        "what": (case.damage.__doc__ or "") if case.damage else "",
+        "what": (case.damage.__doc__ or "") if case.damage else "Nothing.",
         "decision": verdict.decision,
         "stops_at_verification": not measured.verification.passed,
         "verification": failed_checks(measured.verification),
@@ -172,7 +172,7 @@ def markdown(result: dict[str, Any]) -> str:
         audits.append([case["case"], *(found(case[k]) for k in ("verification", "verification_without_source"))])
         if case["printed"]:
             receipts.append(f"### {case['case']}\n\n```\n{head(case['printed'])}\n```\n")
-    static = ", ".join(f"{name} {kl:.4f}" for name, kl in result["kl_with_static_activations"].items())
+    static = "; ".join(f"{name}: {kl:.4f}" for name, kl in result["kl_with_static_activations"].items())
     return (
         "# The gate on damaged checkpoints\n\n"
         f"`{result['command']}`, {result['machine']}, {result['date']}.\n\n"
@@ -183,8 +183,11 @@ def markdown(result: dict[str, Any]) -> str:
         "The layer is the first of two with experts. An expert of this model has 256 inputs, so a group of 512 is a\n"
         "whole row, which damages less than 512 inputs would.\n\n"
         f"## What each rule measured\n\nBold is not met. Limits: {limits(cases[0]['rules'])}.\n\n{table(values)}\n\n"
-        'The server computes the activations\' scales itself (`activations = "dynamic"`), so wrong input scales\n'
-        f"change no answer here; only the verification sees them. With static activations, KL in nats: {static}.\n\n"
+        "throughput_ratio is a CPU's, which says nothing here. The server finds the activations' scales itself\n"
+        '(`activations = "dynamic"`), so wrong input scales change no answer. With static activations they are used, and\n'
+        f"the KL in nats is then: {static}.\n"
+        "FP8 has a wide range, and this model's inputs happen to fit it at scale 1.0; another's need not. Only the\n"
+        "verification sees them.\n\n"
         f"## What the verification finds\n\nFailed checks, with the first finding of each.\n\n{table(audits)}\n\n"
         "## The receipts\n\nAs they are printed, long lists cut; whole in damaged.json.\n\n" + "\n".join(receipts)
     )
