@@ -14,10 +14,12 @@ from lightship.checkpoint import Checkpoint, TensorReader
 from lightship.errors import CheckpointError
 from lightship.progress import tracked
 from lightship.quant.findings import Findings
-from lightship.quant.loadable import FLOATS, expert_weights
-from lightship.quant.mispacking import OFFSET, Recognizer, is_offset_binary, relative_error
+from lightship.quant.loadable import expert_weights
+from lightship.quant.mispacking import OFFSET, Recognizer, is_offset_binary
+from lightship.quant.misplaced import Owners
+from lightship.quant.source_weights import read_source_weight
 from lightship.records import Check, LayerError
-from lightship.w4afp8 import GROUP, dequantize_fp8_blocks, dequantize_int4
+from lightship.w4afp8 import GROUP, dequantize_int4
 
 LARGEST_ERROR = 0.1
 """Of one expert weight's reconstruction, relative and squared. Absmax/7 rounding of heavy-tailed weights costs about
@@ -49,6 +51,8 @@ class ExpertsPass:
         self.reader = self.checkpoint.reader()
         self.original_reader = self.original.reader() if self.original else None
         self.recognizer = Recognizer(LARGEST_ERROR)
+        original = self.original_reader
+        self.owners = Owners(original, LARGEST_ERROR) if original else None
         self._seen: dict[tuple[str, bytes], str] = {}
         self._errors: dict[str, dict[str, tuple[float, float]]] = {}
 
@@ -78,6 +82,8 @@ class ExpertsPass:
             lost = int((scale != scale.bfloat16().float()).sum())
             note = self.exact.fail if self.ours else self.exact.warn
             note(f"{name}_scale_inv: {lost:,} of {scale.numel():,} are not bf16 numbers; SGLang rounds them")
+        if (scale == 1).all():
+            self.groups.fail(f"{name}_scale_inv: every group scale is 1.0, a placeholder that was never filled in")
         straight = packed.shape == (rows, columns // 2) and scale.shape == (rows, columns // GROUP)
         how = None
         if self.original_reader:
@@ -117,20 +123,7 @@ class ExpertsPass:
         self.reconstruction.fail(f"{name}: {shown}")
         if packing := self.recognizer.recognize(packed, scale, read_source_weight(source, name)):
             return packing.describe()
-        return self._other_projection(source, name, packed, scale) if straight else None
-
-    def _other_projection(
-        self, source: TensorReader, name: str, packed: torch.Tensor, scale: torch.Tensor
-    ) -> str | None:
-        """Says so if a gate is the source's up, or the other way round."""
-        swap = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
-        stem, projection, _ = name.rsplit(".", 2)
-        if projection not in swap:
-            return None
-        other_OI = read_source_weight(source, f"{stem}.{swap[projection]}.weight")
-        if relative_error(other_OI, dequantize_int4(packed, scale)) <= LARGEST_ERROR:
-            return f"it is the source's {swap[projection]}: gate and up are exchanged"
-        return None
+        return self.owners.explain(layer, name, packed, scale) if straight and self.owners else None
 
     def _zero_groups(self, name: str, packed: torch.Tensor, scale: torch.Tensor) -> None:
         eights = packed.view(torch.int64)  # GROUP / 2 bytes are eight of these
@@ -176,27 +169,6 @@ class ExpertsPass:
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def read_source_weight(reader: TensorReader, name: str, *rows: slice) -> torch.Tensor:
-    """A weight of an FP8 block or floating-point source as float32 [out, in]; rows in whole blocks.
-
-    Raises:
-        CheckpointError: the source lacks it, or has it in another format.
-    """
-    original = reader.checkpoint
-    info = original.info(name)
-    if info.dtype in FLOATS:
-        return reader.read(name, *rows).float()
-    if info.dtype != "F8_E4M3":
-        raise CheckpointError(f"{original.path}: {name} is {info.dtype}; --against takes the FP8 or BF16 source")
-    blocks = [slice(r.start // GROUP, -(-r.stop // GROUP)) for r in rows]
-    scale = original.info(f"{name}_scale_inv")
-    if scale.shape != tuple(-(-n // GROUP) for n in info.shape):
-        raise CheckpointError(
-            f"{original.path}: {scale.name} has shape {list(scale.shape)}, not one for 128x128 blocks"
-        )
-    return dequantize_fp8_blocks(reader.read(name, *rows), reader.read(scale.name, *blocks))
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:

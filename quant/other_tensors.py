@@ -6,9 +6,10 @@ import torch
 
 from lightship.checkpoint import EXPERT, Checkpoint
 from lightship.progress import tracked
-from lightship.quant.expert_weights import count_not_finite, read_source_weight, row_blocks
+from lightship.quant.expert_weights import count_not_finite, row_blocks
 from lightship.quant.findings import Findings
 from lightship.quant.loadable import FLOATS
+from lightship.quant.source_weights import read_source_weight
 from lightship.records import Check
 from lightship.w4afp8 import GROUP, dequantize_fp8_blocks
 

@@ -505,6 +505,29 @@ def test_exchanged_gate_and_up_are_recognized(copy: Path, fp8: Path) -> None:
     ]
 
 
+def test_experts_in_each_others_place_are_recognized(copy: Path, fp8: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        for rest in ("gate_proj.weight", "up_proj.weight", "down_proj.weight"):
+            for suffix in ("", "_scale_inv"):
+                a, b = f"{EXPERT}.{rest}{suffix}", f"{LAYER}.experts.5.{rest}{suffix}"
+                tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    change_tensors(copy, change)
+    assert failures(copy) == {}, "only the source can tell"
+    assert checks(copy, fp8)["packing"].findings == [
+        f"{LAYER}.experts.{here}.{p}_proj.weight: it is {p}_proj of the source's expert {there}: experts have changed "
+        "places"
+        for here, there in ((2, 5), (5, 2))
+        for p in ("gate", "up", "down")
+    ]
+
+
+def test_group_scales_that_were_never_filled_in_are_named_without_the_source(copy: Path) -> None:
+    change_tensors(copy, lambda t: t[f"{UP}_scale_inv"].fill_(1.0))
+    said = f"{UP}_scale_inv: every group scale is 1.0, a placeholder that was never filled in"
+    assert failures(copy) == {"groups": said}
+
+
 def test_weights_that_nothing_explains_do_not_try_every_packing_for_ever(
     copy: Path, fp8: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
