@@ -184,8 +184,8 @@ def markdown(result: dict[str, Any]) -> str:
         "whole row, which damages less than 512 inputs would.\n\n"
         f"## What each rule measured\n\nBold is not met. Limits: {limits(cases[0]['rules'])}.\n\n{table(values)}\n\n"
         "throughput_ratio is a CPU's, which says nothing here. The server finds the activations' scales itself\n"
-        '(`activations = "dynamic"`), so wrong input scales change no answer. With static activations they are used, and\n'
-        f"the KL in nats is then: {static}.\n"
+        '(`activations = "dynamic"`), so wrong input scales change no answer. With static activations they are used, '
+        f"and\nthe KL in nats is then: {static}.\n"
         "FP8 has a wide range, and this model's inputs happen to fit it at scale 1.0; another's need not. Only the\n"
         "verification sees them.\n\n"
         f"## What the verification finds\n\nFailed checks, with the first finding of each.\n\n{table(audits)}\n\n"
