@@ -156,7 +156,10 @@ def plan_step(load: float, text: PromptText, settings: SweepSettings, first: int
         requests = int(load) + max(LEAST_REQUESTS, 4 * int(load))
         return at_concurrency(int(load), text, requests, *lengths, first=first)
     requests = max(LEAST_REQUESTS, math.ceil(load * settings.seconds)) + math.ceil(load * settings.warmup_seconds)
-    assert requests < PROMPTS_APART, f"{requests} requests of a step share prompts with the next step"
+    if requests >= PROMPTS_APART:
+        raise EvaluationError(
+            f"{load:g} requests a second are {requests} in a step, more than {PROMPTS_APART}; lower it"
+        )
     return at_rate(load, text, requests, *lengths, settings.seed, first=first)
 
 
