@@ -59,8 +59,8 @@ def serving(
         message: more of a chat answer's message, `reasoning_content` for one.
         names: the models that it lists.
         key: refuse requests without this API key, and repeat in the refusal the one that was given.
-        one_at_a_time: a stream begins when those that came before it are over, so that there is a rate beyond which they
-            pile up. When it is over is reckoned, not waited for: a machine that is late does not lower that rate.
+        one_at_a_time: a stream begins when those before it are over, so that there is a rate beyond which they pile up.
+            When it is over is reckoned, not waited for: a machine that is late does not lower that rate.
         context_tokens: what /v1/models says of the model's context.
     """
     turn, free_at = threading.Lock(), 0.0
@@ -84,7 +84,9 @@ def serving(
             stub.started.append(time.perf_counter())
             stub.keys.append(self.headers["Authorization"])
             failure = fails(len(stub.bodies))
-            if failure == 0:
+            if key is not None and self.headers["Authorization"] != f"Bearer {key}":
+                self._send({"error": {"message": f"{self.headers['Authorization']} is not a key"}}, 401)
+            elif failure == 0:
                 self.close_connection = True
             elif failure:
                 self._send({"error": {"message": "the experts are on holiday"}}, failure)
