@@ -66,6 +66,8 @@ def command_of(launcher: Sequence[str], endpoint: Endpoint, load: SglangLoad, ou
         *("--random-input-len", str(load.prompt_tokens), "--random-output-len", str(load.output_tokens)),
         *("--random-range-ratio", "1.0", "--num-prompts", str(load.requests), *arrivals),
         *("--seed", str(load.seed), "--warmup-requests", str(load.warmup_requests), "--disable-tqdm"),
+        # Its warm-up is the first timed prompt, and one seed gives the same prompts in every run.
+        "--flush-cache",
         *("--output-details", "--output-file", str(output_file)),
     ]
 

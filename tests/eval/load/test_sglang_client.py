@@ -65,6 +65,7 @@ def test_the_command_asks_for_the_load_with_details_and_hides_the_key() -> None:
     assert (options["--num-prompts"], options["--max-concurrency"]) == ("3", "2")
     assert options["--output-file"] == "/tmp/out.jsonl"
     assert "--output-details" in command
+    assert "--flush-cache" in command
     assert "--request-rate" not in command
     assert "s3cret" not in " ".join(command)
 
