@@ -4,7 +4,8 @@
 
 Both servers get the same prompts in alternating rounds, so that whatever slows the machine meanwhile slows both. A
 round keeps `concurrency` requests in flight. Every request generates exactly `output_tokens` tokens, greedily. If the
-recipe names a rate or a trace, each server is then put under it, one after the other.
+recipe names a rate or a trace, each server is then put under it, one after the other. No prompt is sent twice to one
+server, warm-up included: a prefix cache would answer the second from memory.
 Why no load tool is used: docs/decisions.md.
 """
 
@@ -20,7 +21,7 @@ from lightship.errors import EvaluationError
 from lightship.eval.load.client import Client, Sample, open_client
 from lightship.eval.load.drive import send_in_turn
 from lightship.eval.load.figures import figures_of_time, seconds_of
-from lightship.eval.load.measure import measure
+from lightship.eval.load.measure import check_warmup, measure
 from lightship.eval.load.prompts import PromptText
 from lightship.eval.load.traces import cut, read_trace
 from lightship.eval.load.workload import LoadPlan, Request, at_rate, from_trace
@@ -49,20 +50,22 @@ def benchmark(servers: Mapping[Server, Endpoint], load: ThroughputLoad, prompts:
 
     Args:
         servers: `source` and `quantized`.
-        prompts: token ids, `load.prompt_tokens` each; used in order and, if there are fewer than requests, again.
+        prompts: token ids, `load.prompt_tokens` each; used in order and, if there are fewer than requests, again with
+            other first tokens.
 
     Raises:
-        EvaluationError: the prompts are not as long as the load says, the trace cannot be read, every request to a
-            server failed, or a server generated another number of tokens than it was asked for.
+        EvaluationError: the prompts are not as long as the load says, the trace cannot be read or is all warm-up,
+            every request to a server failed, or a server generated another number of tokens than it was asked for.
     """
     _check(load, prompts)
+    plans = _plans(servers, load, prompts)
     loads = asyncio.run(_measure(servers, load, prompts))
     return Throughput(
         prompt_tokens=load.prompt_tokens,
         output_tokens=load.output_tokens,
         loads=loads,
         machine=describe_machine(),
-        arrivals=_arrivals(servers, load, prompts),
+        arrivals=_arrivals(servers, load, plans),
     )
 
 
@@ -74,40 +77,50 @@ def _check(load: ThroughputLoad, prompts: Sequence[Prompt]) -> None:
         )
 
 
-def _arrivals(servers: Mapping[Server, Endpoint], load: ThroughputLoad, prompts: Sequence[Prompt]) -> list[LoadReport]:
-    """A report for the recipe's rate and one for its trace, if it names them."""
+def _plans(servers: Mapping[Server, Endpoint], load: ThroughputLoad, prompts: Sequence[Prompt]) -> list[LoadPlan]:
+    """The recipe's rate and its trace, if it names them."""
     if load.rate is None and load.trace is None:
         return []
     text = PromptText([token for prompt in prompts for token in prompt])
-    slo = Slo(ttft_ms=load.ttft_ms, tpot_ms=load.tpot_ms) if load.ttft_ms or load.tpot_ms else None
     plans = []
     if load.rate is not None:
         plans.append(at_rate(load.rate, text, load.requests, load.prompt_tokens, load.output_tokens))
     if load.trace is not None:
-        plans.append(_replay(load.trace, text, min(x.context_tokens or load.trace.window for x in servers.values())))
+        plans.append(
+            _replay(load, load.trace, text, min(x.context_tokens or load.trace.window for x in servers.values()))
+        )
+    for plan in plans:
+        check_warmup(plan, load.warmup_requests)
+    return plans
+
+
+def _arrivals(servers: Mapping[Server, Endpoint], load: ThroughputLoad, plans: Sequence[LoadPlan]) -> list[LoadReport]:
+    slo = Slo(ttft_ms=load.ttft_ms, tpot_ms=load.tpot_ms) if load.ttft_ms or load.tpot_ms else None
     named = {str(name): servers[name] for name in SERVERS}
     return [measure(named, plan, slo, warmup_requests=load.warmup_requests) for plan in plans]
 
 
-def _replay(trace: TraceReplay, text: PromptText, context: int) -> LoadPlan:
+def _replay(load: ThroughputLoad, trace: TraceReplay, text: PromptText, context: int) -> LoadPlan:
     path = Path(trace.path)
     arrivals = cut(read_trace(path), trace.speed, trace.seconds, trace.requests)
     window = min(trace.window, context)
     name = f"{path.name} at speed {trace.speed:g}"
-    return from_trace(arrivals, text, window, trace.fit, name, digest=digest_of_file(path))
+    # The first prompts of this text are the rate's.
+    return from_trace(arrivals, text, window, trace.fit, name, digest=digest_of_file(path), first=load.requests)
 
 
 async def _measure(servers: Mapping[Server, Endpoint], load: ThroughputLoad, prompts: Sequence[Prompt]) -> list[Load]:
     loads = []
+    supply = _supply(prompts)
     async with open_client(servers["source"]) as source, open_client(servers["quantized"]) as quantized:
         clients: dict[Server, Client] = {"source": source, "quantized": quantized}
         for concurrency in tracked(load.concurrencies, "timing both servers"):
             tallies = {server: Tally() for server in SERVERS}
+            warm_up = _requests(supply, load.warmup_requests, load.output_tokens)
             for server in SERVERS:
-                warm_up = _requests(range(load.warmup_requests), prompts, load.output_tokens)
                 await send_in_turn(clients[server], warm_up, concurrency)
-            for number, numbers in enumerate(_rounds(load.requests, concurrency)):
-                requests = _requests(numbers, prompts, load.output_tokens)
+            for number, size in enumerate(_rounds(load.requests, concurrency)):
+                requests = _requests(supply, size, load.output_tokens)
                 for server in SERVERS if number % 2 == 0 else SERVERS[::-1]:
                     samples = await send_in_turn(clients[server], requests, concurrency)
                     tallies[server].samples += samples
@@ -116,15 +129,29 @@ async def _measure(servers: Mapping[Server, Endpoint], load: ThroughputLoad, pro
     return loads
 
 
-def _requests(numbers: range, prompts: Sequence[Prompt], output_tokens: int) -> list[Request]:
-    return [Request(0.0, prompts[i % len(prompts)], output_tokens) for i in numbers]
+def _supply(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
+    """The prompts and then, time and again, the same with other tokens at their begin, where prefixes are compared."""
+    tokens = sorted({token for prompt in prompts for token in prompt})
+    place = {token: i for i, token in enumerate(tokens)}
+    for turn in itertools.count():
+        for prompt in prompts:
+            varied, rest, i = list(prompt), turn, 0
+            while rest and i < len(varied):
+                rest, step = divmod(rest, len(tokens))
+                varied[i] = tokens[(place[varied[i]] + step) % len(tokens)]
+                i += 1
+            yield varied
 
 
-def _rounds(requests: int, concurrency: int) -> Iterator[range]:
-    """Split the requests into up to four rounds that all fill the concurrency."""
+def _requests(supply: Iterator[Prompt], number: int, output_tokens: int) -> list[Request]:
+    return [Request(0.0, prompt, output_tokens) for prompt in itertools.islice(supply, number)]
+
+
+def _rounds(requests: int, concurrency: int) -> Iterator[int]:
+    """Sizes of up to four rounds that all fill the concurrency."""
     rounds = min(ROUNDS, requests // concurrency)
     edges = [requests * i // rounds for i in range(rounds + 1)]
-    return (range(a, b) for a, b in itertools.pairwise(edges))
+    return (b - a for a, b in itertools.pairwise(edges))
 
 
 def _summary(server: Server, endpoint: Endpoint, tally: Tally, concurrency: int, tokens: int) -> Load:

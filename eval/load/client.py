@@ -16,6 +16,7 @@ import msgspec
 
 from lightship.endpoint import Endpoint
 from lightship.eval.load.workload import Request
+from lightship.eval.sending import without_key
 
 if TYPE_CHECKING:
     import aiohttp
@@ -89,7 +90,7 @@ class Client:
     """Sends completions to one endpoint."""
 
     def __init__(self, endpoint: Endpoint, session: "aiohttp.ClientSession") -> None:
-        self._model = endpoint.model
+        self._endpoint = endpoint
         self._url = f"{endpoint.base_url.rstrip('/')}/v1/completions"
         self._session = session
 
@@ -97,7 +98,7 @@ class Client:
         """The request's JSON: greedy, and exactly as many tokens as asked for."""
         return msgspec.json.encode(
             {
-                "model": self._model,
+                "model": self._endpoint.model,
                 "prompt": request.prompt,
                 "max_tokens": request.output_tokens,
                 "temperature": 0,
@@ -108,7 +109,10 @@ class Client:
         )
 
     async def ask(self, body: bytes, sample: Sample) -> Sample:
-        """Send, read the stream to its end, and fill in the sample; what fails is its error and is not raised."""
+        """Send, read the stream to its end, and fill in the sample; what fails is its error and is not raised.
+
+        Where the server repeats the API key, the sample does not.
+        """
         import aiohttp
 
         sample.begun = time.perf_counter()
@@ -118,15 +122,16 @@ class Client:
                     raise RequestError(f"HTTP {response.status}", f"{response.status} {await response.text()}")
                 await _read(response.content, sample)
         except RequestError as error:
-            sample.fail(*error.args)
+            kind, said = error.args
+            sample.fail(kind, without_key(said, self._endpoint))
         except msgspec.DecodeError as error:
             sample.fail("not a completion", str(error))
         except aiohttp.ClientConnectorError as error:
-            sample.fail("cannot connect", str(error))
+            sample.fail("cannot connect", without_key(str(error), self._endpoint))
         except TimeoutError as error:
             sample.fail("timed out", str(error) or f"no end after {REQUEST_SECONDS} s")
         except aiohttp.ClientError as error:
-            sample.fail("connection lost", str(error) or type(error).__name__)
+            sample.fail("connection lost", without_key(str(error), self._endpoint) or type(error).__name__)
         else:
             sample.generated = sample.generated or len(sample.arrivals)
             if not sample.arrivals:

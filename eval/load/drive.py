@@ -87,7 +87,6 @@ async def send_on_time(
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     """A full collection stops the program for tens of milliseconds, in which nothing is sent."""
-    gc.collect()
     gc.disable()
     try:
         yield

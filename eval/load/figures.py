@@ -39,8 +39,7 @@ def figures_of_time(samples: Sequence[Sample], seconds: float, where: str, slo: 
         "output_tokens_per_second": sum(s.generated for s in good) / seconds,
         "input_tokens_per_second": sum(s.prompt_tokens for s in good) / seconds,
         "time_to_first_token_ms": _percentiles([to_first_ms(s) for s in good]),
-        # An answer of one token has no time between tokens.
-        "time_per_output_token_ms": _percentiles([per_token_ms(s) for s in good if s.generated > 1] or [0.0]),
+        "time_per_output_token_ms": _percentiles([ms for s in good if (ms := per_token_ms(s)) is not None] or [0.0]),
         "inter_token_latency_ms": _percentiles(
             [1000 * (b - a) for s in good for a, b in zip(s.arrivals, s.arrivals[1:], strict=False)] or [0.0]
         ),
@@ -61,8 +60,12 @@ def seconds_of(samples: Sequence[Sample]) -> float:
 
 def warmup_of(samples: Sequence[Sample], requests: int, seconds: float) -> int:
     """How many samples are warm-up: the first `requests`, and all that began within `seconds` of the first."""
-    starts = [s.begun if s.due is None else s.due for s in samples]
-    return max(requests, sum(start < starts[0] + seconds for start in starts)) if samples else 0
+    return count_warmup([s.begun if s.due is None else s.due for s in samples], requests, seconds)
+
+
+def count_warmup(starts: Sequence[float], requests: int, seconds: float) -> int:
+    """How many of the requests that start at these seconds, in order, are warm-up: see `warmup_of`."""
+    return max(requests, sum(start < starts[0] + seconds for start in starts)) if starts else 0
 
 
 def to_first_ms(sample: Sample) -> float:
@@ -70,18 +73,24 @@ def to_first_ms(sample: Sample) -> float:
     return 1000 * (sample.arrivals[0] - sample.begun)
 
 
-def per_token_ms(sample: Sample) -> float:
-    """Milliseconds a token after the first; 0 for an answer of one token."""
-    return 1000 * (sample.arrivals[-1] - sample.arrivals[0]) / max(1, sample.generated - 1)
+def per_token_ms(sample: Sample) -> float | None:
+    """Milliseconds a token after the first; None for an answer of one token, and for one that came all at once."""
+    seconds = sample.arrivals[-1] - sample.arrivals[0]
+    return 1000 * seconds / (sample.generated - 1) if sample.generated > 1 and seconds else None
 
 
 def is_good(sample: Sample, slo: Slo) -> bool:
-    """Whether an answer is there and came within the limits."""
-    return (
-        sample.error is None
-        and (slo.ttft_ms is None or to_first_ms(sample) <= slo.ttft_ms)
-        and (slo.tpot_ms is None or per_token_ms(sample) <= slo.tpot_ms)
-    )
+    """Whether an answer is there and came within the limits.
+
+    An answer of one token keeps any limit of the TPOT. One of several tokens that came all at once keeps none: the
+    server, or a proxy, held its tokens back, and nobody knows how long they took.
+    """
+    if sample.error is not None or (slo.ttft_ms is not None and to_first_ms(sample) > slo.ttft_ms):
+        return False
+    if slo.tpot_ms is None or sample.generated <= 1:
+        return True
+    each = per_token_ms(sample)
+    return each is not None and each <= slo.tpot_ms
 
 
 def goodput_of(samples: Sequence[Sample], seconds: float, slo: Slo) -> Goodput:

@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 
 from lightship.endpoint import Endpoint
+from lightship.errors import EvaluationError
 from lightship.eval.load.client import Sample, open_client
 from lightship.eval.load.drive import send_in_turn, send_on_time
-from lightship.eval.load.figures import figures_of, warmup_of
+from lightship.eval.load.figures import count_warmup, figures_of, warmup_of
 from lightship.eval.load.workload import LoadPlan
 from lightship.eval.machine import describe_machine
 from lightship.records import LoadReport, ServerFigures, Slo
@@ -35,13 +36,18 @@ def measure(
         warmup_requests: sent, but left out of the figures; as is what begins within `warmup_seconds`.
 
     Raises:
-        EvaluationError: a server answered none of the requests after the warm-up.
+        EvaluationError: the warm-up leaves no request, or a server answered none of those after it.
     """
+    # At fixed concurrency, only the run tells what begins within the seconds.
+    check_warmup(plan, warmup_requests, warmup_seconds if concurrency is None else 0.0)
     found = []
     for name, endpoint in servers.items():
         samples = asyncio.run(_send(endpoint, plan, concurrency))
         where = f"the {name} server {endpoint.base_url} under {plan.about.name}"
-        figures = figures_of(samples, where, slo, warmup_of(samples, warmup_requests, warmup_seconds))
+        warmup = warmup_of(samples, warmup_requests, warmup_seconds)
+        if warmup >= len(samples):
+            raise _nothing_left(plan, warmup_requests, warmup_seconds)
+        figures = figures_of(samples, where, slo, warmup)
         found.append(ServerFigures(server=name, **_fields(figures)))
     return LoadReport(
         client="lightship",
@@ -49,6 +55,23 @@ def measure(
         servers=found,
         machine=describe_machine(),
         date=datetime.now(UTC).date().isoformat(),
+    )
+
+
+def check_warmup(plan: LoadPlan, requests: int, seconds: float = 0.0) -> None:
+    """See, before anything is sent, that a plan has more than its warm-up.
+
+    Raises:
+        EvaluationError: it has not.
+    """
+    if count_warmup([r.due for r in plan.requests], requests, seconds) >= len(plan.requests):
+        raise _nothing_left(plan, requests, seconds)
+
+
+def _nothing_left(plan: LoadPlan, requests: int, seconds: float) -> EvaluationError:
+    return EvaluationError(
+        f"{plan.about.name}: a warm-up of {requests} requests and {seconds:g} s leaves none of {len(plan.requests)} "
+        "requests to count; send more or lower the warm-up"
     )
 
 

@@ -24,6 +24,7 @@ from lightship.errors import EvaluationError
 from lightship.eval.load.client import Sample
 from lightship.eval.load.figures import figures_of_time
 from lightship.eval.machine import describe_machine
+from lightship.eval.sending import without_key
 from lightship.records import Lengths, LoadReport, ServerFigures, Slo, Workload
 
 MODULE = "sglang.benchmark.serving"
@@ -65,6 +66,8 @@ def command_of(launcher: Sequence[str], endpoint: Endpoint, load: SglangLoad, ou
         *("--random-input-len", str(load.prompt_tokens), "--random-output-len", str(load.output_tokens)),
         *("--random-range-ratio", "1.0", "--num-prompts", str(load.requests), *arrivals),
         *("--seed", str(load.seed), "--warmup-requests", str(load.warmup_requests), "--disable-tqdm"),
+        # Its warm-up is the first timed prompt, and one seed gives the same prompts in every run.
+        "--flush-cache",
         *("--output-details", "--output-file", str(output_file)),
     ]
 
@@ -88,7 +91,8 @@ def run_sglang_client(
         except (OSError, subprocess.TimeoutExpired) as error:
             raise EvaluationError(f"SGLang's client cannot be run: {error}; name a Python with SGLang") from error
         if done.returncode or not output_file.is_file():
-            said = "\n".join(f"  | {line}" for line in (done.stdout + done.stderr).splitlines()[-SAID_LINES:])
+            lines = without_key(done.stdout + done.stderr, endpoint).splitlines()[-SAID_LINES:]
+            said = "\n".join(f"  | {line}" for line in lines)
             raise EvaluationError(
                 f"SGLang's client ended with exit code {done.returncode} and no result\n"
                 f"  command: {' '.join(command)}\n"
@@ -111,7 +115,7 @@ def report_of(output_file: Path, endpoint: Endpoint, load: SglangLoad, slo: Slo 
         raise EvaluationError(f"{output_file} is not an output file of SGLang's client: {error}") from error
     if missing:
         raise EvaluationError(f"{output_file} lacks {', '.join(missing)}; it must be written with --output-details")
-    samples = [*_samples(result, load.output_tokens)]
+    samples = _samples(result, load.output_tokens, endpoint)
     where = f"the server {endpoint.base_url}, asked by SGLang's client,"
     fields = figures_of_time(samples, result["duration"], where, slo)
     name = f"{load.concurrency} requests in flight" if load.concurrency else f"Poisson, {load.rate:g} a second"
@@ -132,14 +136,14 @@ def report_of(output_file: Path, endpoint: Endpoint, load: SglangLoad, slo: Slo 
     )
 
 
-def _samples(result: dict[str, Any], asked: int) -> list[Sample]:
+def _samples(result: dict[str, Any], asked: int, endpoint: Endpoint) -> list[Sample]:
     """A sample for each request; the client does not say when it began, so it begins at 0."""
     samples = []
     rows = zip(*(result[name] for name in FIELDS[1:]), strict=True)
     for prompt_tokens, generated, first, gaps, error in rows:
         sample = Sample(None, asked, prompt_tokens=prompt_tokens, generated=generated)
         if error:
-            sample.fail("failed", error)
+            sample.fail("failed", without_key(error, endpoint))
         elif not first:
             sample.fail("empty answer", "the stream ended without a token")
         else:

@@ -41,27 +41,42 @@ class LoadPlan:
 
 
 def at_concurrency(
-    concurrency: int, text: PromptText, requests: int, prompt_tokens: int, output_tokens: int
+    concurrency: int, text: PromptText, requests: int, prompt_tokens: int, output_tokens: int, *, first: int = 0
 ) -> LoadPlan:
-    """`requests` different prompts of one length, to be sent with `concurrency` in flight."""
+    """`requests` different prompts of one length, to be sent with `concurrency` in flight.
+
+    Args:
+        first: number of the first prompt; plans whose numbers do not overlap share no prompt.
+    """
     if requests < concurrency:
         raise EvaluationError(f"{requests} requests never reach a concurrency of {concurrency}; raise --requests")
     arrivals = [Arrival(0.0, prompt_tokens, output_tokens)] * requests
-    return _plan(arrivals, text, arrivals="concurrency", name=f"{concurrency} requests in flight", seconds=None)
+    name = f"{concurrency} requests in flight"
+    return _plan(arrivals, text, first, arrivals="concurrency", name=name, seconds=None)
 
 
 def at_rate(
-    rate: float, text: PromptText, requests: int, prompt_tokens: int, output_tokens: int, seed: int = 0
+    rate: float,
+    text: PromptText,
+    requests: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    seed: int = 0,
+    *,
+    first: int = 0,
 ) -> LoadPlan:
     """Poisson arrivals: gaps drawn from an exponential distribution of mean 1 / `rate` seconds.
 
     One seed gives the same gaps at every rate, only faster or slower, so that rates differ by nothing else.
+
+    Args:
+        first: number of the first prompt; plans whose numbers do not overlap share no prompt.
     """
     draw = random.Random(seed)
     gaps = [0.0] + [draw.expovariate(1.0) / rate for _ in range(requests - 1)]
     arrivals = [Arrival(due, prompt_tokens, output_tokens) for due in accumulate(gaps)]
     name = f"Poisson, {rate:g} a second, seed {seed}"
-    return _plan(arrivals, text, arrivals="poisson", name=name, seconds=arrivals[-1].due)
+    return _plan(arrivals, text, first, arrivals="poisson", name=name, seconds=arrivals[-1].due)
 
 
 def from_trace(
@@ -73,11 +88,15 @@ def from_trace(
     *,
     factor: float | None = None,
     digest: str | None = None,
+    first: int = 0,
 ) -> LoadPlan:
     """The trace's requests at their times, with lengths that fit `window` tokens.
 
     `scale` multiplies all lengths, blocks too, by `factor`, or by what makes the longest request fit. Then, or with
     `clip` at once, what is still too long is cut: an answer to half of the window, a prompt to what the answer leaves.
+
+    Args:
+        first: number of the first prompt that is no block of the trace's; see `at_rate`.
 
     Raises:
         EvaluationError: the trace has no request left.
@@ -99,6 +118,7 @@ def from_trace(
     return _plan(
         fitted,
         text,
+        first,
         arrivals="trace",
         name=name,
         seconds=fitted[-1].due,
@@ -128,6 +148,7 @@ def blocks_of(arrival: Arrival, number: int, factor: float) -> Blocks:
 def _plan(
     fitted: Sequence[Arrival],
     text: PromptText,
+    first: int,
     *,
     arrivals: Literal["concurrency", "poisson", "trace"],
     name: str,
@@ -135,7 +156,7 @@ def _plan(
     factor: float = 1.0,
     **fields: float | str | int | None,
 ) -> LoadPlan:
-    prompts = [blocks_of(x, number, factor) for number, x in enumerate(fitted)]
+    prompts = [blocks_of(x, number, factor) for number, x in enumerate(fitted, first)]
     requests = [Request(x.due, text.prompt(blocks), x.output_tokens) for x, blocks in zip(fitted, prompts, strict=True)]
     about = Workload(
         arrivals=arrivals,

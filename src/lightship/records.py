@@ -609,7 +609,7 @@ class Saturation(Record, frozen=True, kw_only=True):
 
     server: str
     highest: float
-    """The largest load that was sustained."""
+    """The largest load that was sustained; 0 if none was."""
     refused: float | None
     """The smallest larger one that was not; null if none was found up to the sweep's end."""
     steps: list[Step]
@@ -628,9 +628,9 @@ class SweepReport(Record, frozen=True, kw_only=True):
     date: str
 
     def ratio(self) -> float | None:
-        """The last server's highest load over the first's; null for one server."""
+        """The last server's highest load over the first's; null for one server, or if the first sustained none."""
         first, last = self.servers[0], self.servers[-1]
-        return last.highest / first.highest if first is not last else None
+        return last.highest / first.highest if first is not last and first.highest else None
 
 
 class Throughput(Record, frozen=True, kw_only=True):

@@ -240,7 +240,7 @@ def _(report: LoadReport) -> str:
 @sentence.register
 def _(report: SweepReport) -> str:
     found = "; ".join(
-        f"{x.server} sustains {x.highest:g} {report.unit}"
+        f"{x.server} sustains {f'{x.highest:g}' if x.highest else 'no'} {report.unit}"
         + (f", not {x.refused:g}" if x.refused else ", the sweep's end")
         for x in report.servers
     )

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -59,10 +59,11 @@ def serving(
         message: more of a chat answer's message, `reasoning_content` for one.
         names: the models that it lists.
         key: refuse requests without this API key, and repeat in the refusal the one that was given.
-        one_at_a_time: streams wait for one another, so that there is a rate beyond which they pile up.
+        one_at_a_time: a stream begins when those before it are over, so that there is a rate beyond which they pile up.
+            When it is over is reckoned, not waited for: a machine that is late does not lower that rate.
         context_tokens: what /v1/models says of the model's context.
     """
-    turn: AbstractContextManager[object] = threading.Lock() if one_at_a_time else nullcontext()
+    turn, free_at = threading.Lock(), 0.0
     decode = _decoder(tokenizer) if tokenizer else str
 
     class Handler(BaseHTTPRequestHandler):
@@ -83,14 +84,16 @@ def serving(
             stub.started.append(time.perf_counter())
             stub.keys.append(self.headers["Authorization"])
             failure = fails(len(stub.bodies))
-            if failure == 0:
+            if key is not None and self.headers["Authorization"] != f"Bearer {key}":
+                self._send({"error": {"message": f"{self.headers['Authorization']} is not a key"}}, 401)
+            elif failure == 0:
                 self.close_connection = True
             elif failure:
                 self._send({"error": {"message": "the experts are on holiday"}}, failure)
             elif status != 200:
                 self._send({"error": {"message": "the experts are on holiday"}}, status)
             elif body.get("stream"):
-                with turn, suppress(ConnectionError):
+                with suppress(ConnectionError):
                     self._stream(body, len(stub.bodies))
             else:
                 time.sleep(seconds)
@@ -112,12 +115,16 @@ def serving(
             self.wfile.write(data)
 
         def _stream(self, body: dict[str, Any], number: int) -> None:
+            nonlocal free_at
+            tokens = body["max_tokens"] - tokens_short
+            with turn:
+                begin = max(time.perf_counter(), free_at) if one_at_a_time else time.perf_counter()
+                free_at = begin + tokens * seconds_per_token
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            tokens = body["max_tokens"] - tokens_short
-            for _ in range(tokens):
-                time.sleep(seconds_per_token)
+            for i in range(tokens):
+                time.sleep(max(0.0, begin + (i + 1) * seconds_per_token - time.perf_counter()))
                 self._event({"choices": [{"index": 0, "text": "a"}]})
                 if breaks(number):
                     self._event({"error": {"message": "out of memory"}})

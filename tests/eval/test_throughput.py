@@ -1,9 +1,11 @@
 """Both servers are timed in turns under the same load, and a number that cannot be compared is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lightship.cli import parser
 from lightship.endpoint import Endpoint
 from lightship.errors import EvaluationError
 from lightship.eval.machine import describe_machine
@@ -13,6 +15,7 @@ from lightship.summary import metrics
 from tests.eval.stub_server import serving
 
 LOAD = ThroughputLoad(concurrencies=[1, 4], requests=8, warmup_requests=2, prompt_tokens=3, output_tokens=5)
+RECIPE = Path(__file__).parents[2] / "recipes" / "demo.toml"
 PROMPTS = [[i, i + 1, i + 2] for i in range(8)]
 
 
@@ -47,6 +50,33 @@ def test_both_servers_get_the_same_greedy_token_prompts(tokenizer: Path) -> None
     assert asked[0] == asked[1]
     body = one.bodies[0]
     assert (body["temperature"], body["ignore_eos"], body["max_tokens"]) == (0, True, 5)
+
+
+def test_no_prompt_is_sent_twice_to_a_server_even_where_few_are_given(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:00:00.0,3,2\n" * 12)
+    load = ThroughputLoad(
+        concurrencies=[1, 2, 4], requests=8, warmup_requests=3, prompt_tokens=3, output_tokens=2, rate=400.0,
+        trace=TraceReplay(path=str(tmp_path / "t.csv")),
+    )  # fmt: skip
+    with serving(tokenizer) as one, serving(tokenizer) as other:
+        benchmark({"source": one.endpoint, "quantized": other.endpoint}, load, [[i, i * i, 17 - i] for i in range(12)])
+    sent = [tuple(body["prompt"]) for body in one.bodies]
+    assert len(sent) == 3 * (8 + 3) + 8 + 12
+    assert len(set(sent)) == len(sent)
+    assert {len(prompt) for prompt in sent} == {3}
+
+
+def test_a_trace_that_is_all_warm_up_is_refused_before_a_request(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:00:00.0,3,2\n" * 2)
+    load = ThroughputLoad(
+        concurrencies=[1], requests=8, warmup_requests=2, prompt_tokens=3, output_tokens=2,
+        trace=TraceReplay(path=str(tmp_path / "t.csv")),
+    )  # fmt: skip
+    with serving(tokenizer) as server, pytest.raises(EvaluationError, match="leaves none of 2 requests to count"):
+        benchmark(
+            {"source": server.endpoint, "quantized": server.endpoint}, load, [[3 * i, 3 * i + 1, 9] for i in range(16)]
+        )
+    assert not server.bodies
 
 
 def test_requests_that_fail_are_counted_and_not_timed(tokenizer: Path) -> None:
@@ -85,6 +115,22 @@ def test_prompts_of_another_length_than_promised_are_refused(tokenizer: Path) ->
     endpoint = Endpoint("http://127.0.0.1:9", "tiny", tokenizer)
     with pytest.raises(EvaluationError, match=r"prompts of 3 tokens, but 2 prompts of \[3, 4\] tokens"):
         benchmark({"source": endpoint, "quantized": endpoint}, LOAD, [[1, 2, 3], [1, 2, 3, 4]])
+
+
+def test_bench_sends_a_key_and_asks_the_named_model(tokenizer: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "key").write_text("s3cret\n")
+    with (
+        serving(tokenizer, key="s3cret", names=("first", "tiny")) as one,
+        serving(tokenizer, key="s3cret", names=("first", "tiny")) as other,
+    ):
+        urls = [other.endpoint.base_url, "--against", one.endpoint.base_url, "--tokenizer", str(tokenizer)]
+        access = ["--model", "tiny", "--api-key-file", str(tmp_path / "key")]
+        parsed = parser().parse_args(["bench", *urls, "--recipe", str(RECIPE), *access])
+        assert parsed.run(parsed) == 0
+    for server in (one, other):
+        assert set(server.keys) == {"Bearer s3cret"}
+        assert {body["model"] for body in server.bodies} == {"tiny"}
+    assert "s3cret" not in capsys.readouterr().out
 
 
 def test_the_machine_is_described_with_its_cores() -> None:

@@ -62,6 +62,17 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return number
 
 
+def zero_or_more(text: str) -> float:
+    """An argument's type: a finite number that is not negative."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return number
+
+
 def above_zero(text: str) -> float:
     """An argument's type: a positive, finite number."""
     try:

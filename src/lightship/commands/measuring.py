@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightship.commands.arguments import Add, above_zero, take_home, take_recipe, take_target, whole
+from lightship.commands.arguments import Add, above_zero, take_home, take_recipe, take_target, whole, zero_or_more
 
 if TYPE_CHECKING:
     from lightship.endpoint import Endpoint
@@ -29,10 +29,7 @@ def add_to(add: Add) -> None:
     take_recipe(sub)
     take_home(sub)
     sub.add_argument("--limit", type=whole(1, 10**9), help="ask this many questions (default: the recipe's limit)")
-    sub.add_argument("--model", help="of a URL, the model's name there (default: the first that it lists)")
-    sub.add_argument(
-        "--api-key-file", type=Path, help="of a URL, a file with its API key (default: LIGHTSHIP_API_KEY, if set)"
-    )
+    _take_access(sub)
     sub.add_argument("--fresh", action="store_true", help="forget the answers that this command has got before")
 
     sub = add(
@@ -44,6 +41,7 @@ def add_to(add: Add) -> None:
     take_target(sub)
     sub.add_argument("--against", required=True, help="the source: a checkpoint directory, or the URL of a server")
     take_recipe(sub)
+    _take_access(sub)
 
     sub = add(
         "load",
@@ -61,30 +59,37 @@ def add_to(add: Add) -> None:
         "--trace", type=Path, metavar="FILE", help="Azure's LLM inference trace (.csv) or Mooncake's (.jsonl)"
     )
     how.add_argument("--sweep", choices=["rate", "concurrency"], const="rate", nargs="?", help="find the knee")
-    sub.add_argument("--seconds", type=above_zero, help="of arrivals; of a sweep's step (default: 60; 20)")
+    sub.add_argument("--seconds", type=above_zero, help="of arrivals; of a step of a sweep's rate (default: 60; 20)")
     sub.add_argument("--requests", type=whole(1, 10_000_000), help="at most so many of a trace; so many otherwise")
-    sub.add_argument("--speed", type=above_zero, default=1.0, help="2.0 replays a trace twice as fast")
-    sub.add_argument("--fit", choices=["clip", "scale"], default="clip", help="what becomes of a trace's long requests")
+    sub.add_argument("--speed", type=above_zero, help="2.0 replays a trace twice as fast")
+    sub.add_argument("--fit", choices=["clip", "scale"], help="what becomes of a trace's long requests (default: clip)")
     sub.add_argument("--factor", type=above_zero, help="with --fit scale: multiply lengths by this (default: to fit)")
     sub.add_argument("--window", type=whole(2, 100_000_000), help="tokens of prompt and answer (default: the server's)")
-    sub.add_argument("--prompt-tokens", type=whole(1, 10_000_000), default=256, help="(default: %(default)s)")
-    sub.add_argument("--output-tokens", type=whole(1, 1_000_000), default=32, help="(default: %(default)s)")
+    sub.add_argument("--prompt-tokens", type=whole(1, 10_000_000), help="(default: 256)")
+    sub.add_argument("--output-tokens", type=whole(1, 1_000_000), help="(default: 32)")
     sub.add_argument("--text", type=Path, help="file or folder that prompts are made of (default: random tokens)")
     sub.add_argument("--ttft-ms", type=above_zero, help="limit of the time to the first token")
     sub.add_argument("--tpot-ms", type=above_zero, help="limit of the time a further token")
-    sub.add_argument(
-        "--share", type=above_zero, default=0.9, help="of requests within the limits (default: %(default)s)"
-    )
-    sub.add_argument("--start", type=above_zero, default=1.0, help="a sweep's first load (default: %(default)s)")
+    sub.add_argument("--share", type=above_zero, help="of a sweep's requests within the limits (default: 0.9)")
+    sub.add_argument("--start", type=above_zero, help="a sweep's first load (default: 1)")
     sub.add_argument("--most", type=above_zero, help="a sweep's largest load")
-    sub.add_argument("--seed", type=whole(0, 2**31), default=0, help="of Poisson arrivals (default: %(default)s)")
-    sub.add_argument("--warmup-requests", type=whole(0, 1_000_000), default=0, help="sent first, and not counted")
+    sub.add_argument("--seed", type=whole(0, 2**31), help="of Poisson arrivals (default: 0)")
+    sub.add_argument("--warmup-requests", type=whole(0, 1_000_000), help="sent first, and not counted (default: 2)")
     sub.add_argument(
-        "--warmup-seconds", type=float, default=0.0, help="what begins in the first seconds is not counted"
+        "--warmup-seconds",
+        type=zero_or_more,
+        help="what begins in the first seconds is not counted (default: 0; of a step of a sweep's rate, 2)",
     )
     sub.add_argument("--api-key-file", type=Path, help="file with the servers' API key (default: $LIGHTSHIP_API_KEY)")
     sub.add_argument("--sglang", metavar="PYTHON", help="let SGLang's own client make the load, run by this command")
     sub.add_argument("--out", type=Path, help="write the record as JSON to this file")
+
+
+def _take_access(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--model", help="of a URL, the model's name there (default: the first that it lists)")
+    sub.add_argument(
+        "--api-key-file", type=Path, help="of a URL, a file with its API key (default: LIGHTSHIP_API_KEY, if set)"
+    )
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -122,6 +127,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from lightship import summary
+    from lightship.endpoint import read_api_key
     from lightship.eval.throughput import benchmark
     from lightship.files import write_json
     from lightship.recipe import load_recipe
@@ -129,10 +135,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     from lightship.text import read_prompts
 
     recipe = load_recipe(arguments.recipe)
+    targets, key = (arguments.against, arguments.target), read_api_key(arguments.api_key_file)
     with (
         tempfile.TemporaryDirectory() as work,
-        _served(recipe, Path(work), arguments.tokenizer, arguments.against, arguments.target) as (source, quantized),
+        _served(recipe, Path(work), arguments.tokenizer, *targets, key=key, model=arguments.model) as servers,
     ):
+        source, quantized = servers
         prompts = read_prompts(recipe.fidelity.sources[0], source.tokenizer, recipe.throughput)
         throughput = benchmark({"source": source, "quantized": quantized}, recipe.throughput, prompts)
     show(throughput_table(throughput))

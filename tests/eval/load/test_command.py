@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lightship.cli import parser
+from lightship.errors import LightshipError
 from lightship.files import read_json
 from lightship.records import LoadReport, SweepReport
 from tests.eval.stub_server import Stub, serving
@@ -60,6 +61,15 @@ def test_a_rate_has_goodput_and_drops_its_warm_up(tokenizer: Path, tmp_path: Pat
     assert "sent late p50 / p99 / most ms" in capsys.readouterr().out
 
 
+def test_two_requests_are_warm_up_unless_said_otherwise(tokenizer: Path, tmp_path: Path) -> None:
+    with serving(tokenizer) as stub:
+        _, out = load(stub, tmp_path, "--concurrency", "1", "--requests", "5", "--output-tokens", "2")
+        [found] = read_json(out, LoadReport).servers
+        assert (found.requests, found.warmup_requests) == (3, 2)
+        with pytest.raises(LightshipError, match="2 requests and 60 s leaves none of 5 requests to count"):
+            load(stub, tmp_path, "--concurrency", "1", "--requests", "5", "--warmup-seconds", "60")
+
+
 def test_two_servers_get_the_same_requests_and_a_ratio(tokenizer: Path, tmp_path: Path) -> None:
     with serving(tokenizer, seconds_per_token=0.02) as slow, serving(tokenizer, seconds_per_token=0.01) as fast:
         arguments = ["--concurrency", "2", "--requests", "8", "--output-tokens", "4"]
@@ -86,7 +96,7 @@ def test_the_key_comes_from_a_file_or_the_environment(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "key").write_text("from-file\n")
-    one = ["--concurrency", "1", "--requests", "1", "--output-tokens", "2"]
+    one = ["--concurrency", "1", "--requests", "1", "--output-tokens", "2", "--warmup-requests", "0"]
     with serving(tokenizer) as stub:
         load(stub, tmp_path, *one, "--api-key-file", str(tmp_path / "key"))
         assert set(stub.keys) == {"Bearer from-file"}
@@ -104,16 +114,39 @@ def test_the_key_comes_from_a_file_or_the_environment(
         (["--trace", "t.csv", "--factor", "0.5"], "give --fit scale with it"),
         (["--sweep", "--sglang", "python3"], "with --concurrency or --rate"),
         (["--rate", "1", "--api-key-file", "gone.key"], "the file gone.key of --api-key-file cannot be read"),
+        (["--sweep", "--warmup-requests", "2"], "--warmup-requests does nothing with --sweep rate; leave it out"),
+        (["--sweep", "--requests", "9"], "--requests does nothing with --sweep rate"),
+        (["--sweep", "concurrency", "--warmup-seconds", "1"], "--warmup-seconds does nothing with --sweep concurrency"),
+        (["--sweep", "--share", "0.5"], "give --ttft-ms or --tpot-ms with it"),
+        (["--rate", "1", "--sglang", "p", "--warmup-seconds", "1"], "--warmup-seconds does nothing with --rate and"),
+        (["--rate", "1", "--sglang", "p", "--text", "t"], "--text does nothing with --rate and --sglang"),
+        (["--rate", "1", "--share", "0.5"], "--share does nothing with --rate"),
+        (["--trace", "t.csv", "--prompt-tokens", "9"], "--prompt-tokens does nothing with --trace"),
+        (["--concurrency", "1", "--requests", "2", "--prompt-tokens", "4"], "leaves none of 2 requests to count"),
+        (["--rate", "9", "--requests", "5", "--warmup-seconds", "9", "--prompt-tokens", "4"], "leaves none of 5 requ"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_a_request(
     tokenizer: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    from lightship.errors import LightshipError
-
     with serving(tokenizer, context_tokens=160) as stub, pytest.raises(LightshipError, match=message):
         load(stub, tmp_path, *arguments)
     assert not stub.bodies
+
+
+def test_a_trace_that_is_all_warm_up_is_refused_when_it_is_planned(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(TRACE)
+    trace = ["--trace", str(tmp_path / "t.jsonl"), "--window", "200", "--warmup-requests", "5"]
+    with serving(tokenizer) as stub, pytest.raises(LightshipError, match="leaves none of 5 requests to count"):
+        load(stub, tmp_path, *trace)
+    assert not stub.bodies
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "inf", "soon"])
+def test_a_warm_up_that_is_no_time_is_refused_by_the_command_line(value: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        parser().parse_args(["load", "http://x", "--tokenizer", "t", "--rate", "1", f"--warmup-seconds={value}"])
+    assert "is not a number from 0 on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "fast"])

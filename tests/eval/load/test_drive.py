@@ -101,3 +101,10 @@ def test_the_api_key_is_sent_with_each_request_and_not_shown(tokenizer: Path) ->
         on_time(endpoint, EVERY_50_MS[:2])
         assert set(server.keys) == {"Bearer s3cret"}
     assert "s3cret" not in repr(endpoint)
+
+
+def test_a_server_that_repeats_the_key_does_not_get_it_shown(tokenizer: Path) -> None:
+    with serving(tokenizer, key="another") as server:
+        [sample] = on_time(replace(server.endpoint, api_key="s3cret"), EVERY_50_MS[:1])
+    assert sample.error == "HTTP 401"
+    assert "Bearer <the API key> is not a key" in sample.said

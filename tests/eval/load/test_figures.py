@@ -69,6 +69,17 @@ def test_goodput_counts_a_failure_as_missed_and_each_limit_for_itself() -> None:
     assert [is_good(s, Slo(ttft_ms=150)) for s in SAMPLES] == [True, False, False, False]
 
 
+def test_several_tokens_that_came_at_once_have_no_time_between_them_and_keep_no_limit_of_it() -> None:
+    at_once = sample(0.0, 0.0, 0.5, 0.5, 0.5)
+    one_event = sample(0.0, 0.0, 0.5)
+    one_event.generated = 8
+    for held_back in (at_once, one_event):
+        assert not is_good(held_back, Slo(tpot_ms=1000))
+        assert is_good(held_back, Slo(ttft_ms=1000))
+    found = figures_of([at_once, one_event, SAMPLES[0]], "the server")
+    assert found.time_per_output_token_ms.p50 == pytest.approx(100)
+
+
 def test_warm_up_is_dropped_by_requests_or_seconds_and_counted() -> None:
     assert warmup_of(SAMPLES, 0, 1.5) == 2
     assert warmup_of(SAMPLES, 3, 1.5) == 3

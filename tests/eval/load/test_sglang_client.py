@@ -65,6 +65,7 @@ def test_the_command_asks_for_the_load_with_details_and_hides_the_key() -> None:
     assert (options["--num-prompts"], options["--max-concurrency"]) == ("3", "2")
     assert options["--output-file"] == "/tmp/out.jsonl"
     assert "--output-details" in command
+    assert "--flush-cache" in command
     assert "--request-rate" not in command
     assert "s3cret" not in " ".join(command)
 
@@ -91,6 +92,12 @@ def test_a_result_becomes_the_same_record_as_our_own(tmp_path: Path) -> None:
     assert found.goodput is not None
     assert found.goodput.share == pytest.approx(1 / 3)
     assert found.lateness_ms is None
+
+
+def test_an_error_that_repeats_the_key_is_reported_without_it(tmp_path: Path) -> None:
+    refused = RESULT | {"ttfts": [0.0] * 3, "errors": ["Bearer s3cret is not a key"] * 3}
+    with pytest.raises(EvaluationError, match="Bearer <the API key> is not a key"):
+        report_of(write(tmp_path / "r.jsonl", refused), ENDPOINT, LOAD)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +132,9 @@ def test_a_python_without_sglang_is_named_with_its_words(tmp_path: Path) -> None
     script.write_text("#!/bin/sh\necho No module named sglang >&2\nexit 1\n")
     script.chmod(0o755)
     with pytest.raises(EvaluationError, match=r"exit code 1(.|\n)*No module named sglang(.|\n)*Python with SGLang"):
+        run_sglang_client(ENDPOINT, LOAD, launcher=[str(script)])
+    script.write_text("#!/bin/sh\necho 401: Bearer s3cret is not a key\nexit 1\n")
+    with pytest.raises(EvaluationError, match="Bearer <the API key> is not a key"):
         run_sglang_client(ENDPOINT, LOAD, launcher=[str(script)])
     with pytest.raises(EvaluationError, match="cannot be run"):
         run_sglang_client(ENDPOINT, LOAD, launcher=[str(tmp_path / "gone")])
