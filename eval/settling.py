@@ -28,7 +28,8 @@ def evaluate_until_settled(
     policy: LossPolicy,
     on_look: Callable[[Judged], None] = lambda _: None,
 ) -> tuple[Accuracy, Accuracy]:
-    """Both models' answers to the questions that it took; further tasks are asked in full, at the end.
+    """Both models' answers to the questions that it took, in the order in which they were asked; further tasks are
+    asked in full, at the end.
 
     Args:
         source, quantized: each one's server, and the directory of its answers, as in `accuracy.evaluate`.
@@ -50,7 +51,10 @@ def evaluate_until_settled(
     answered = {a.question_id for a in staged.source}
     asked = {q.question_id for q in drawn if str(q.question_id) in answered}
     before, after = (evaluate(endpoint, task, work, asked) for endpoint, work in (source, quantized))
-    return before, after
+    return (
+        msgspec.structs.replace(before, answers=staged.source),
+        msgspec.structs.replace(after, answers=staged.quantized),
+    )
 
 
 def looks_of(accuracy: Accuracy, task: AccuracyTask) -> list[int]:

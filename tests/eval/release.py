@@ -15,6 +15,7 @@ from lightship.records import (
     AnsweredQuestion,
     Calibration,
     Check,
+    ExpertRounding,
     Fidelity,
     Fit,
     InputScale,
@@ -117,6 +118,15 @@ def input_scale(amax: float) -> InputScale:
     )  # fmt: skip
 
 
+def rounding(expert: int, tokens: int, rng: random.Random) -> ExpertRounding:
+    error = 0.012 + 0.003 * rng.random()
+    output = error * 0.6 if tokens else None
+    return ExpertRounding(
+        expert=expert, tokens=tokens, how="gptq" if tokens else "mse, no tokens", w13_error=error,
+        w2_error=1.2 * error, w13_output_error=output, w2_output_error=output,
+    )  # fmt: skip
+
+
 def calibration(layers: int = 8, experts: int = 32, starved: bool = True) -> Calibration:
     rng = random.Random(1)
     made = []
@@ -128,7 +138,8 @@ def calibration(layers: int = 8, experts: int = 32, starved: bool = True) -> Cal
         made.append(
             LayerCalibration(
                 layer_name=f"model.layers.{layer}.mlp",
-                w13_input=input_scale(3.0), w2_input=input_scale(9.0), experts=[],
+                w13_input=input_scale(3.0), w2_input=input_scale(9.0),
+                experts=[rounding(expert, tokens, rng) for expert, tokens in enumerate(counts)],
                 expert_tokens={"code": half, "prose": [c - h for c, h in zip(counts, half, strict=True)]},
             )
         )  # fmt: skip
@@ -148,14 +159,17 @@ def evidence(**changed: Any) -> Evidence:
     return Evidence(**made)
 
 
-def release(*, losing: float = 0.02, questions: int = 700, text: str = "… the answer is (B).") -> ReportData:
+def release(
+    *, losing: float = 0.02, questions: int = 700, text: str = "… the answer is (B).", seed: int = 0, **measured: Any
+) -> ReportData:
     """A whole release whose quantized model loses about `losing` of the questions and gains half as many."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     right = [rng.random() < 0.8 for _ in range(questions)]
     kept = [(ok and rng.random() >= losing / 0.8) or (not ok and rng.random() < losing / 0.4) for ok in right]
     source, quantized = accuracy(right, text=text), accuracy(kept, text=text)
-    measured = evidence(source=source, quantized=quantized)
     made = {"plan": plan(), "verification": verification(), "fidelity": fidelity(), "throughput": throughput()}
+    made |= measured
+    seen = evidence(source=source, quantized=quantized, **made)
     question = Question(
         question_id=0, question="What comes next: 17 20 25 32?", options=["44", "41", "32", "39"], answer="B",
         cot_content="", category="sequences",
@@ -177,11 +191,11 @@ def release(*, losing: float = 0.02, questions: int = 700, text: str = "… the 
         ),
         source_accuracy=source,
         quantized_accuracy=quantized,
-        comparison=measured.comparison,
-        verdict=decide(GATE, measured),
+        comparison=seen.comparison,
+        verdict=decide(GATE, seen),
         agreement=measure_agreement(source, quantized),
         versions={"lightship": "0.1.0+b238681", "torch": "2.13.0", "transformers": "5.23.0", "lm-eval": "0.4.13"},
         next_commands=["lightship promote 5f2c9e1b7ad3", "lightship serve out/checkpoint --tp 2 --port 8000"],
-        questions=dict.fromkeys(measured.comparison.lost, question),
+        questions=dict.fromkeys(seen.comparison.lost, question),
         **made,  # type: ignore[arg-type]
     )  # fmt: skip
