@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lightship import __version__
 
 if TYPE_CHECKING:
+    from lightship.contrast import Contrast
     from lightship.endpoint import Endpoint
     from lightship.recipe import Recipe
+    from lightship.tracking import Tracker
 
 DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
@@ -257,8 +259,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("release", help="release id, or its first characters")
     home(sub)
 
-    sub = command("compare", _compare, "Show releases side by side, from MLflow.", "compare 3f2a 9bc1")
-    sub.add_argument("releases", nargs="+", help="release ids, or their first characters")
+    sub = command(
+        "compare",
+        _compare,
+        "Hold two releases against each other, from MLflow; of any other number, show each in a row.",
+        "compare 3f2a champion",
+    )
+    sub.add_argument(
+        "releases", nargs="*", help="release ids, their first characters, or `champion` (default: all releases)"
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON")
     home(sub)
     return top
 
@@ -566,31 +576,38 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from lightship.release import find_release
-    from lightship.tables import runs_tables, show
+    import msgspec
+
+    from lightship.contrast_tables import contrast_view, releases_table
+    from lightship.release import find_releases
+    from lightship.tables import show
     from lightship.tracking import Tracker
 
-    found = [find_release(arguments.home, release_id).release_id for release_id in arguments.releases]
-    for table in runs_tables(Tracker.connect(arguments.home).runs(arguments.releases)):
-        show(table)
-    directories = [arguments.home / "releases" / release_id for release_id in found]
-    if len(found) == 2 and all((directory / "comparison.json").is_file() for directory in directories):
-        _compare_answers(*directories)
+    tracker = Tracker.connect(arguments.home)
+    if len(arguments.releases) == 2:
+        held = _contrast(tracker, arguments.home, *find_releases(arguments.home, arguments.releases, tracker))
+        view: Any = contrast_view(held)
+    else:
+        named = find_releases(arguments.home, arguments.releases, tracker) if arguments.releases else None
+        held = tracker.sides(named)
+        view = releases_table(held)
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(held)).decode())
+    else:
+        show(view)
     return 0
 
 
-def _compare_answers(first: Path, second: Path) -> None:
-    """What the second of two releases lost of the first's answers, in pairs."""
-    from lightship import summary
-    from lightship.errors import EvaluationError
+def _contrast(tracker: "Tracker", home: Path, first: str, second: str) -> "Contrast":
+    """Two releases, and what the second lost of the first's answers, in pairs."""
+    from lightship.contrast import contrast
+    from lightship.errors import LightshipError
     from lightship.eval.evidence import read_measured
     from lightship.eval.losses import compare_with_champion
-    from lightship.tables import show, subjects_table
 
+    sides = tracker.sides([first, second])
     try:
-        comparison = compare_with_champion(read_measured(first), read_measured(second))
-    except EvaluationError as error:
-        print(f"\nanswers cannot be paired: {error}")
-        return
-    print(f"\nanswers of {first.name} and {second.name}, in pairs: {summary.sentence(comparison)}\n")
-    show(subjects_table(comparison))
+        answers = compare_with_champion(*(read_measured(home / "releases" / name) for name in (first, second)))
+    except LightshipError as error:
+        return contrast(*sides, not_paired=str(error))
+    return contrast(*sides, answers)

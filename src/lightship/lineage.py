@@ -10,6 +10,9 @@ from lightship.recipe import HUB_QUESTIONS, CalibrationText, FidelityText
 from lightship.release import ID_LENGTH, Release, settings_of, versions
 from lightship.text import digest_of_text
 
+IDENTITY, VERSION = "identity.", "version."
+"""What the names of tags begin with."""
+
 
 @dataclass(frozen=True)
 class DatasetUse:
@@ -27,25 +30,23 @@ class DatasetUse:
 
 
 def parameters(release: Release) -> dict[str, str]:
-    """What the release is made of: the digests of its identity, and every setting of the recipe that is set.
+    """Every setting of the recipe that is set.
 
     A list of tables becomes one parameter, so that a recipe with four scenes has no forty parameters.
     """
-    identity = {f"identity.{k}": v[:ID_LENGTH] for k, v in msgspec.to_builtins(release.identity).items()}
-    return identity | {k: str(v) for k, v in _flattened(settings_of(release.recipe))}
+    return {k: str(v) for k, v in _flattened(settings_of(release.recipe))}
 
 
 def tags(release: Release) -> dict[str, str]:
-    """Whence it came and what made it."""
+    """Whence it came and what made it: paths, the digests of its identity, versions."""
     return {
         "lightship.model": release.recipe.model,
         "lightship.source": str(release.source.path),
-        "lightship.source_digest": release.identity.source,
         "lightship.recipe": str(release.recipe_path),
-        "lightship.code": release.identity.code[:ID_LENGTH],
         "mlflow.source.name": f"lightship release {release.source.path} --recipe {release.recipe_path}",
         "mlflow.source.type": "LOCAL",
-        **{f"version.{name}": number for name, number in versions().items()},
+        **{f"{IDENTITY}{k}": v[:ID_LENGTH] for k, v in msgspec.to_builtins(release.identity).items()},
+        **{f"{VERSION}{name}": number for name, number in versions().items()},
     }
 
 

@@ -46,7 +46,7 @@ def metrics(record: Record) -> dict[str, float]:
 
 
 @singledispatch
-def curves(record: Record) -> dict[str, dict[int, float]]:
+def curves(_: Record) -> dict[str, dict[int, float]]:
     """The record's series, by MLflow metric name: step -> value.
 
     The step is the layer's number, the requests in flight or the questions answered, and the name's first part says
@@ -85,8 +85,8 @@ def _(plan: Plan) -> str:
 @metrics.register
 def _(plan: Plan) -> dict[str, float]:
     return {
-        "size/bytes_before": plan.bytes_before,
         "size/bytes_after": plan.bytes_after,
+        "size/bytes_before": plan.bytes_before,
         "size/experts_shrink": plan.experts_shrink,
     }
 

@@ -17,20 +17,25 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lightship import lineage, summary
+from lightship.contrast import ReleaseSide, side_of
 from lightship.errors import LightshipError
 from lightship.records import Override, Promoted, Verdict
-from lightship.release import ID_LENGTH, Release, StageDone
+from lightship.release import CHAMPION, ID_LENGTH, Release, StageDone
 
 EXPERIMENT = "lightship"
 RELEASE_TAG = "lightship.release_id"
+MODEL_TAG = "lightship.model"
 MANIFEST_TAG = "lightship.manifest_digest"
+KIND_TAG = "mlflow.experimentKind"
+"""Without it, MLflow's pages show the experiment as one about prompts and traces."""
 VERDICT_TAG = "lightship.verdict"
 PROMOTED_TAG = "lightship.promoted"
-CHALLENGER, CHAMPION = "challenger", "champion"
+CHALLENGER = "challenger"
 MODEL_STAGES = ("accuracy", "agreement", "comparison", "fidelity", "throughput")
 """Stages that measure the quantized model: their metrics are the logged model's too."""
 MOST_METRICS = 1000
@@ -90,6 +95,8 @@ class Tracker:
             raise LightshipError(
                 f"MLflow at {uri} does not answer: {error.message}; check MLFLOW_TRACKING_URI"
             ) from error
+        if experiment is None or KIND_TAG not in experiment.tags:
+            client.set_experiment_tag(experiment_id, KIND_TAG, "custom_model_development")
         return cls(uri, client, experiment_id)
 
     def run_of(self, release_id: str, name: str) -> "ReleaseRun":
@@ -102,20 +109,42 @@ class Tracker:
         )
         return ReleaseRun(self, run.info.run_id)
 
-    def runs(self, release_ids: list[str]) -> list[Any]:
-        """The runs of these releases, in this order.
+    def sides(self, release_ids: list[str] | None = None) -> list[ReleaseSide]:
+        """These releases in this order, or all that have a run.
 
         Raises:
             LightshipError: a release has no run.
         """
-        found = []
-        for release_id in release_ids:
-            where = f"tags.`{RELEASE_TAG}` LIKE '{release_id}%'"
-            runs = self.client.search_runs([self.experiment_id], where, max_results=2)
-            if len(runs) != 1:
-                raise LightshipError(f"MLflow at {self.uri} has {len(runs)} runs of release {release_id}, not one")
-            found += runs
-        return found
+        runs = self._all_runs() if release_ids is None else [self._run(release_id) for release_id in release_ids]
+        models = {run.data.tags.get(MODEL_TAG) for run in runs} - {None}
+        champions = {self.champion_release(model) for model in models}
+        return [
+            side_of(
+                run.info.run_name,
+                run.data.params,
+                run.data.tags,
+                run.data.metrics,
+                champion=run.data.tags[RELEASE_TAG] in champions,
+                at=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
+            )
+            for run in runs
+        ]
+
+    def _run(self, release_id: str) -> Any:
+        found = self.client.search_runs([self.experiment_id], f"tags.`{RELEASE_TAG}` = '{release_id}'", max_results=2)
+        if len(found) != 1:
+            raise LightshipError(f"MLflow at {self.uri} has {len(found)} runs of release {release_id}, not one")
+        return found[0]
+
+    def _all_runs(self) -> list[Any]:
+        runs: list[Any] = []
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment_id], f"tags.`{RELEASE_TAG}` != ''", page_token=token)
+            runs += page
+            token = page.token
+            if not token:
+                return runs
 
     def register(self, run_id: str, model: str, release_id: str, checkpoint: Path, manifest_digest: str) -> str:
         """Register a release's checkpoint as a version of `model`, the new `challenger`; returns the version.
@@ -142,7 +171,7 @@ class Tracker:
             name=release_id,
             source_run_id=run_id,
             tags=tags,
-            params={k: v for k, v in parameters.items() if k.startswith(("identity.", "quantization."))},
+            params={k: v for k, v in parameters.items() if k.startswith("quantization.")},
             model_type="w4afp8",
             experiment_id=self.experiment_id,
         )
@@ -235,9 +264,7 @@ class ReleaseRun:
 
         now = int(time.time() * 1000)
         points = [Metric(k, float(v), now, 0, model_id=model) for k, v in (metrics or {}).items()]
-        points += [
-            Metric(k, float(v), now, step) for k, values in (curves or {}).items() for step, v in values.items()
-        ]
+        points += [Metric(k, float(v), now, step) for k, values in (curves or {}).items() for step, v in values.items()]
         points = [point for point in points if math.isfinite(point.value)]
         client = self.tracker.client
         client.log_batch(self.run_id, params=[Param(k, str(v)) for k, v in (parameters or {}).items()])
@@ -289,7 +316,8 @@ class ReleaseRun:
 
     def log_verdict(self, verdict: Verdict) -> None:
         """Tag the run, its logged model and its registered version with the decision, and describe them with why."""
-        client, why = self.tracker.client, summary.sentence(verdict)
+        client = self.tracker.client
+        why = "\n".join([f"**{verdict.decision}**", *(f"- {r.rule}: {r.explanation}" for r in verdict.rules)])
         self.tag(VERDICT_TAG, verdict.decision)
         self.tag("mlflow.note.content", why)
         model = self._model_id()
@@ -328,4 +356,3 @@ def _override_tags(override: Override | None) -> dict[str, str | None]:
         "lightship.override_verdict": rules,
         "lightship.override_at": override.at if override else None,
     }
-

@@ -40,7 +40,7 @@ def finish_release(home: Path, tracker: Tracker, number: int, questions: int = 7
     data = release(
         losing=0.004 + 0.02 * worse + 0.01 * rng.random(),
         questions=questions,
-        seed=number,
+        seed=number + 1,
         plan=plan(experts_after=52_000_000 + rng.randrange(3_000_000)),
         fidelity=fidelity(kl=0.012 + 0.02 * worse + 0.004 * rng.random()),
         throughput=throughput(1.1 + 0.3 * rng.random()),
