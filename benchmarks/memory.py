@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightship.checkpoint import Checkpoint
-from lightship.eval.throughput import describe_machine
+from lightship.eval.machine import describe_machine
 from lightship.files import write_json, write_text
 from tests.tiny import write_fp8_checkpoint
 

@@ -26,7 +26,7 @@ from peers_worker import PROJECTIONS, THREADS
 from safetensors.torch import load_file, save_file
 
 from lightship.checkpoint import Checkpoint
-from lightship.eval.throughput import describe_machine
+from lightship.eval.machine import describe_machine
 from lightship.experts import FP8Experts, RoutedExperts, TensorParallel
 from lightship.files import write_json, write_text
 from lightship.recipe import load_recipe

@@ -18,7 +18,7 @@ from lightship.cli import DEFAULTS
 from lightship.eval.accuracy import evaluate
 from lightship.eval.comparison import compare
 from lightship.eval.fidelity import measure_fidelities
-from lightship.eval.throughput import describe_machine
+from lightship.eval.machine import describe_machine
 from lightship.files import write_json, write_text
 from lightship.recipe import Quantization, load_recipe
 from lightship.records import Accuracy, Comparison, Fidelity, Verification

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
+from lightship.eval.load.traces import read_trace
 from lightship.eval.questions import read_questions
 from lightship.eval.tasks import check_tasks
 from lightship.quant.plan import plan_quantization
@@ -37,6 +38,8 @@ def check_inputs(source: Path, recipe_path: Path) -> None:
             raise LightshipError(
                 f"the recipe {recipe_path}: {where} is {tokens}, the model's context {context}; lower it"
             )
+    if recipe.throughput.trace:
+        read_trace(Path(recipe.throughput.trace.path))
     digest_of_text([*recipe.calibration.sources, *recipe.fidelity.sources])
     digest_of_questions(recipe.accuracy)
     if recipe.accuracy.questions is not None:

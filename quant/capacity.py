@@ -8,6 +8,8 @@ import math
 from lightship.census import SCALE, Census
 from lightship.checkpoint import Checkpoint
 from lightship.quant.blocks import BATCH_TOKENS
+from lightship.quant.pipeline import READERS
+from lightship.quant.stash import TENSORS
 from lightship.recipe import Quantization
 from lightship.records import Fit, Need, Plan
 
@@ -20,10 +22,8 @@ RUNTIME = 0.1
 """The fraction of a GPU that server, CUDA graphs and activations keep."""
 CACHE_BYTES = 2
 """Of one cached number, in bf16."""
-PREFETCHED = 5
-"""Experts that the reader holds ahead of the rounding."""
-STASHED = 4
-"""Tensors [tokens, hidden] that are alive at once between blocks."""
+PREFETCHED = READERS + 1
+"""Experts that are read ahead of the rounding, and the one that it has."""
 INTERPRETER = 2_000_000_000
 """Python, torch, transformers and a CUDA context on the host."""
 
@@ -80,13 +80,13 @@ def peak_memory(
     device = max(block + batch, rounding + hessians)
     stored = sum(checkpoint.info(name).nbytes for name in _one_expert(checkpoint))
     host = INTERPRETER + PREFETCHED * stored + routed + tokens * sizes.num_experts_per_tok * 12
-    stash = STASHED * tokens * hidden * number_bytes
+    stash = TENSORS * tokens * hidden * number_bytes
     device_arithmetic = (
         f"the greater of a block beside its experts ({gb(block)}) with a batch ({gb(batch)}), and an expert in float32 "
         f"x3 ({gb(rounding)}) with 2 float64 Hessians of {side}² ({gb(hessians)})"
     )
     host_arithmetic = (
-        f"{gb(INTERPRETER)} for Python and torch, {PREFETCHED} experts read ahead ({gb(PREFETCHED * stored)}), "
+        f"{gb(INTERPRETER)} for Python and torch, {PREFETCHED} experts read ({gb(PREFETCHED * stored)}), "
         f"the experts' sums of {tokens:,} tokens ({gb(routed)}), routing"
     )
     if not on_gpu:

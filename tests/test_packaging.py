@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("quant", "eval", "serving", "serving/moe", "serving/sglang_plugin", "flows")
+PARTS = ("quant", "eval", "eval/load", "serving", "serving/moe", "serving/sglang_plugin", "flows")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_no_folder_shadows_the_docker_sdk() -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", ["src/lightship", "quant", "eval", "serving", "serving/moe", "serving/sglang_plugin"]
+    "folder", ["src/lightship", "quant", "eval", "eval/load", "serving", "serving/moe", "serving/sglang_plugin"]
 )
 def test_only_flows_know_prefect_and_dask(folder: str) -> None:
     modules = sorted((ROOT / folder).glob("*.py"))

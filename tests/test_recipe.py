@@ -79,6 +79,9 @@ def test_every_shipped_recipe_loads(shipped: Path) -> None:
         ("[cluster]\nscheduler = 'head:8786'\n", "cluster.scheduler 'head:8786' is no address like tcp://host:8786"),
         ("[cluster]\nscheduler = 'tcp://head'\n", "cluster.scheduler 'tcp://head' is no address like tcp://host:8786"),
         ("[throughput]\nrequests = 4\nconcurrencies = [8]\n", "requests 4 never reach a concurrency of 8"),
+        ("[throughput]\nrate = 0.0\n", r"`float` > 0.0 - at `\$.throughput.rate`"),
+        ("[throughput]\nrate = 2.0\nwarmup_requests = 16\n", "warmup_requests 16 leave none of 16 requests"),
+        ("[throughput]\ntrace = { path = 't.csv', fit = 'wrap' }\n", "Invalid enum value 'wrap'"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tmp_path: Path, added: str, message: str) -> None:

@@ -23,6 +23,8 @@ class Endpoint:
     """Changes with what the server computes, where that is known: see `Launched.endpoint`."""
     api_key: str | None = field(default=None, repr=False)
     """Sent with every request, and never shown or stored."""
+    context_tokens: int | None = None
+    """`max_model_len`, if `/v1/models` says it."""
 
     @classmethod
     def connect(cls, url: str, tokenizer: Path, api_key: str | None = None, model: str | None = None) -> "Endpoint":
@@ -39,7 +41,8 @@ class Endpoint:
         where = f"{endpoint.base_url}/v1/models"
         try:
             answer = httpx.get(where, timeout=10, trust_env=False, headers=endpoint.headers).raise_for_status()
-            return replace(endpoint, model=answer.json()["data"][0]["id"])
+            first = answer.json()["data"][0]
+            return replace(endpoint, model=first["id"], context_tokens=first.get("max_model_len"))
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             raise ServingError(f"{where} does not list a model ({error}); is it up, and the key right?") from error
 

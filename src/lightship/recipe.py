@@ -209,6 +209,22 @@ def _check_shares(text: CalibrationText | FidelityText) -> None:
             )
 
 
+class TraceReplay(Section, frozen=True, kw_only=True):
+    """Arrival times, lengths and shared prefixes of a real service."""
+
+    path: str
+    """Azure's LLM inference trace (.csv) or Mooncake's (.jsonl)."""
+    speed: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """2.0 replays it twice as fast."""
+    seconds: Annotated[float, msgspec.Meta(gt=0)] | None = 60.0
+    """Of the replay; `requests` limits it too."""
+    requests: Positive | None = None
+    fit: Literal["clip", "scale"] = "clip"
+    """What becomes of requests that are longer than the window: cut each, or scale all by one factor."""
+    window: Annotated[int, msgspec.Meta(ge=2)] = 32768
+    """Tokens of prompt and answer; the model's context, if that is smaller."""
+
+
 class ThroughputLoad(Section, frozen=True, kw_only=True):
     """The load under which the two servers are timed."""
 
@@ -218,10 +234,19 @@ class ThroughputLoad(Section, frozen=True, kw_only=True):
     warmup_requests: Positive = 2
     prompt_tokens: Positive = 256
     output_tokens: Annotated[int, msgspec.Meta(ge=2)] = 32
+    rate: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """Then also at this many requests a second, Poisson: the same number and lengths."""
+    trace: TraceReplay | None = None
+    """Then also as this trace tells."""
+    ttft_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    tpot_ms: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """Limits for the goodput under `rate` and `trace`."""
 
     def __post_init__(self) -> None:
         if self.requests < max(self.concurrencies):
             raise ValueError(f"requests {self.requests} never reach a concurrency of {max(self.concurrencies)}")
+        if (self.rate or self.trace) and self.warmup_requests >= self.requests:
+            raise ValueError(f"warmup_requests {self.warmup_requests} leave none of {self.requests} requests to count")
 
 
 class Recipe(Section, frozen=True, kw_only=True):

@@ -479,11 +479,33 @@ class Percentiles(Record, frozen=True, kw_only=True):
     p99: float
 
 
-class Load(Record, frozen=True, kw_only=True):
-    """One server under one fixed concurrency."""
+class Lateness(Record, frozen=True, kw_only=True):
+    """How much later than due the requests left this machine, in milliseconds."""
 
-    server: Literal["source", "quantized"]
-    concurrency: int
+    p50: float
+    p99: float
+    max: float
+
+
+class Slo(Record, frozen=True, kw_only=True):
+    """What a request must keep to count as good; null does not bind."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+
+class Goodput(Record, frozen=True, kw_only=True):
+    """Requests that were answered within the limits."""
+
+    slo: Slo
+    share: float
+    """Of all timed requests; one that failed is not good."""
+    queries_per_minute: float
+
+
+class Figures(Record, frozen=True, kw_only=True):
+    """What one server did with one load, its warm-up left out. docs/throughput.md defines each."""
+
     requests: int
     errors: int
     seconds: float
@@ -491,6 +513,120 @@ class Load(Record, frozen=True, kw_only=True):
     output_tokens_per_second: float
     time_to_first_token_ms: Percentiles
     time_per_output_token_ms: Percentiles
+    input_tokens_per_second: float | None = None
+    """Null, as the two latencies below, in records of a time when it was not measured."""
+    inter_token_latency_ms: Percentiles | None = None
+    end_to_end_ms: Percentiles | None = None
+    errors_by_kind: dict[str, int] = {}
+    short_answers: int = 0
+    """Answers of fewer tokens than were asked for."""
+    warmup_requests: int = 0
+    """Requests before those that are counted."""
+    lateness_ms: Lateness | None = None
+    """Null where requests have no due time: fixed concurrency."""
+    goodput: Goodput | None = None
+
+
+class Load(Figures, frozen=True, kw_only=True):
+    """One server under one fixed concurrency."""
+
+    server: Literal["source", "quantized"]
+    concurrency: int
+
+
+class Lengths(Record, frozen=True, kw_only=True):
+    """Of prompts or of answers, in tokens."""
+
+    p50: float
+    p90: float
+    max: int
+    total: int
+
+
+class Workload(Record, frozen=True, kw_only=True):
+    """Which requests were sent, and when."""
+
+    arrivals: Literal["concurrency", "poisson", "trace"]
+    name: str
+    """For people: `8 requests in flight`, `Poisson, 5 a second, seed 0`, `conv.csv at speed 2`."""
+    requests: int
+    seconds: float | None
+    """From the first due time to the last; null at fixed concurrency."""
+    prompt_tokens: Lengths
+    output_tokens: Lengths
+    repeated_tokens: float
+    """Share of the prompt tokens that a cache of all earlier prompts' prefixes would hold."""
+    trace_digest: str | None = None
+    """SHA-256 of the trace file."""
+    length_factor: float = 1.0
+    """All lengths of the trace were multiplied by this."""
+    prompts_clipped: int = 0
+    outputs_clipped: int = 0
+    """How many were then cut, to fit `window` tokens."""
+    window: int | None = None
+
+
+class ServerFigures(Figures, frozen=True, kw_only=True):
+    """One server's figures under a workload that is named beside it."""
+
+    server: str
+
+
+class LoadReport(Record, frozen=True, kw_only=True):
+    """One workload, on one server or on several one after the other."""
+
+    client: str
+    """`lightship`, or the name of the tool that made the requests."""
+    workload: Workload
+    servers: list[ServerFigures]
+    machine: str
+    """Of the client."""
+    date: str
+
+    def ratio(self) -> float | None:
+        """Queries a minute of the last server over the first's; null for one server."""
+        first, last = self.servers[0], self.servers[-1]
+        return last.queries_per_minute / first.queries_per_minute if first is not last else None
+
+
+class Step(Record, frozen=True, kw_only=True):
+    """One load of a saturation sweep."""
+
+    load: float
+    """Requests a second, or in flight."""
+    sustained: bool
+    why: str
+    figures: Figures | None
+    """Null if no request was answered."""
+
+
+class Saturation(Record, frozen=True, kw_only=True):
+    """How far one server can be loaded."""
+
+    server: str
+    highest: float
+    """The largest load that was sustained."""
+    refused: float | None
+    """The smallest larger one that was not; null if none was found up to the sweep's end."""
+    steps: list[Step]
+    """In the order in which they were run."""
+
+
+class SweepReport(Record, frozen=True, kw_only=True):
+    """The knee of one server, or of several measured in turns in one run."""
+
+    unit: Literal["requests a second", "requests in flight"]
+    criterion: str
+    prompt_tokens: int
+    output_tokens: int
+    servers: list[Saturation]
+    machine: str
+    date: str
+
+    def ratio(self) -> float | None:
+        """The last server's highest load over the first's; null for one server."""
+        first, last = self.servers[0], self.servers[-1]
+        return last.highest / first.highest if first is not last else None
 
 
 class Throughput(Record, frozen=True, kw_only=True):
@@ -500,6 +636,8 @@ class Throughput(Record, frozen=True, kw_only=True):
     output_tokens: int
     loads: list[Load]
     machine: str
+    arrivals: list[LoadReport] = []
+    """Under the recipe's rate or trace, if it names one; source first."""
 
     def ratio(self, concurrency: int) -> float:
         """Queries a minute of the quantized server over the source's."""

@@ -24,14 +24,21 @@ from lightship import __version__
 from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
 from lightship.files import digest_of, digest_of_file, locked, read_json, write_json
-from lightship.recipe import HUB_QUESTIONS, AccuracyTask, Recipe, TextSource, load_recipe
+from lightship.recipe import HUB_QUESTIONS, AccuracyTask, Recipe, TextSource, ThroughputLoad, load_recipe
 from lightship.records import Record
 from lightship.rows import digest_of_rows
 from lightship.splits import all_splits, digest_of_splits
 from lightship.text import digest_of_text
 
 R = TypeVar("R", bound=Record)
-PACKAGES = ("lightship", "lightship.quant", "lightship.eval", "lightship.serving", "lightship.flows")
+PACKAGES = (
+    "lightship",
+    "lightship.quant",
+    "lightship.eval",
+    "lightship.eval.load",
+    "lightship.serving",
+    "lightship.flows",
+)
 ENGINE_PACKAGES = ("torch", "transformers", "lm-eval")
 ID_LENGTH = 12
 CHAMPION = "champion"
@@ -167,10 +174,24 @@ def identify(source: Checkpoint, recipe: Recipe) -> Identity:
         source=source.digest,
         recipe=digest_of([settings_of(recipe), task_name(recipe)]),
         texts=digest_of([digest_of_text(recipe.calibration.sources), digest_of_text(recipe.fidelity.sources)]),
-        questions=digest_of_questions(recipe.accuracy),
+        questions=digest_of([digest_of_questions(recipe.accuracy), digest_of_trace(recipe.throughput)]),
         code=digest_of_code(),
         engine=digest_of([recipe.serving.engine, *(version(p) for p in ENGINE_PACKAGES)]),
     )
+
+
+def digest_of_trace(load: ThroughputLoad) -> str | None:
+    """SHA-256 of the trace's file, if there is one.
+
+    Raises:
+        LightshipError: it is missing.
+    """
+    if load.trace is None:
+        return None
+    path = Path(load.trace.path)
+    if not path.is_file():
+        raise LightshipError(f"the trace {path} is missing; check `throughput.trace.path` of the recipe")
+    return digest_of_file(path)
 
 
 def digest_of_questions(task: AccuracyTask) -> str:

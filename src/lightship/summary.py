@@ -10,11 +10,13 @@ from lightship.records import (
     Calibration,
     Comparison,
     Fidelity,
+    LoadReport,
     Plan,
     Promoted,
     Quantized,
     Record,
     Staged,
+    SweepReport,
     Throughput,
     Verdict,
     Verification,
@@ -263,6 +265,16 @@ def _(throughput: Throughput) -> dict[str, float]:
         values[f"{name}/ttft_p50_ms"] = load.time_to_first_token_ms.p50
         values[f"{name}/tpot_p50_ms"] = load.time_per_output_token_ms.p50
         values[f"{name}/errors"] = load.errors
+    for report in throughput.arrivals:
+        for served in report.servers:
+            name = f"throughput/{served.server}/{report.workload.arrivals}"
+            values[f"{name}/queries_per_minute"] = served.queries_per_minute
+            values[f"{name}/ttft_p50_ms"] = served.time_to_first_token_ms.p50
+            values[f"{name}/ttft_p99_ms"] = served.time_to_first_token_ms.p99
+            values[f"{name}/tpot_p50_ms"] = served.time_per_output_token_ms.p50
+            values[f"{name}/errors"] = served.errors
+            if served.goodput:
+                values[f"{name}/goodput"] = served.goodput.share
     return values | {f"throughput/ratio/c{c}": throughput.ratio(c) for c in throughput.concurrencies}
 
 
@@ -282,6 +294,36 @@ def _(throughput: Throughput) -> dict[str, dict[int, float]]:
             points.append((f"by_concurrency/{load.server}_{name}", load.concurrency, value))
     points += [("by_concurrency/ratio", c, throughput.ratio(c)) for c in throughput.concurrencies]
     return _series(points)
+
+
+@sentence.register
+def _(report: LoadReport) -> str:
+    about, last = report.workload, report.servers[-1]
+    parts = [f"{about.name}: {last.queries_per_minute:.1f} queries a minute"]
+    if (ratio := report.ratio()) is not None:
+        parts.append(f"{ratio:.2f}x those of {report.servers[0].server}")
+    if last.goodput:
+        parts.append(f"{last.goodput.share:.1%} within the limits")
+    if about.repeated_tokens:
+        parts.append(f"{about.repeated_tokens:.0%} of the prompt tokens repeat an earlier prefix")
+    if about.length_factor != 1:
+        parts.append(f"lengths times {about.length_factor:.3g}")
+    if about.prompts_clipped or about.outputs_clipped:
+        parts.append(
+            f"{about.prompts_clipped} prompts and {about.outputs_clipped} answers cut to {about.window} tokens"
+        )
+    return "; ".join(parts)
+
+
+@sentence.register
+def _(report: SweepReport) -> str:
+    found = "; ".join(
+        f"{x.server} sustains {x.highest:g} {report.unit}"
+        + (f", not {x.refused:g}" if x.refused else ", the sweep's end")
+        for x in report.servers
+    )
+    ratio = report.ratio()
+    return found + (f"; {ratio:.2f}x" if ratio is not None else "") + f" ({report.criterion})"
 
 
 @sentence.register

@@ -18,12 +18,15 @@ from lightship.records import (
     Calibration,
     Comparison,
     Fidelity,
+    LoadReport,
     Percentiles,
     Plan,
     PlannedTensor,
     Preflight,
     Promoted,
+    Saturation,
     Staged,
+    SweepReport,
     Throughput,
     Verdict,
     Verification,
@@ -220,6 +223,60 @@ def throughput_table(throughput: Throughput) -> Table:
             _latency(load.time_per_output_token_ms),
             str(load.errors),
         )
+    return table
+
+
+def load_table(report: LoadReport) -> Table:
+    """One workload's figures, a column a server."""
+    table = _table(report.workload.name, *(x.server for x in report.servers))
+
+    def row(name: str, *values: str) -> None:
+        table.add_row(name, *values)
+
+    servers = report.servers
+    row("requests, errors", *(f"{x.requests:,}, {_errors(x.errors, x.errors_by_kind)}" for x in servers))
+    row("queries a minute", *(f"{x.queries_per_minute:.1f}" for x in servers))
+    row("output tokens/s", *(f"{x.output_tokens_per_second:.1f}" for x in servers))
+    row("input tokens/s", *(f"{x.input_tokens_per_second or 0:.1f}" for x in servers))
+    row("TTFT p50 / p90 / p99 ms", *(_latency(x.time_to_first_token_ms) for x in servers))
+    row("TPOT p50 / p90 / p99 ms", *(_fine(x.time_per_output_token_ms) for x in servers))
+    row("ITL p50 / p90 / p99 ms", *(_fine(x.inter_token_latency_ms) for x in servers))
+    row("end to end p50 / p90 / p99 ms", *(_latency(x.end_to_end_ms) if x.end_to_end_ms else "" for x in servers))
+    if all(x.lateness_ms for x in servers):
+        late = (x.lateness_ms for x in servers if x.lateness_ms)
+        row("sent late p50 / p99 / most ms", *(f"{x.p50:.1f} / {x.p99:.1f} / {x.max:.1f}" for x in late))
+    if all(x.goodput for x in servers):
+        good = (x.goodput for x in servers if x.goodput)
+        row("within the limits, and a minute", *(f"{x.share:.1%}, {x.queries_per_minute:.1f}" for x in good))
+    if any(x.short_answers for x in servers):
+        row("answers shorter than asked", *(str(x.short_answers) for x in servers))
+    return table
+
+
+def _errors(errors: int, kinds: dict[str, int]) -> str:
+    return f"{errors} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})" if errors else "0"
+
+
+def _fine(p: Percentiles | None) -> str:
+    return f"{p.p50:.1f} / {p.p90:.1f} / {p.p99:.1f}" if p else ""
+
+
+def sweep_table(report: SweepReport) -> Table:
+    """Every step of every server, in the order of the loads."""
+    table = _table("server", report.unit, "sustained", "queries/min", "TTFT p50/p99 ms", "TPOT p50/p99 ms", "why")
+
+    def rows(server: Saturation) -> None:
+        for step in sorted(server.steps, key=lambda x: x.load):
+            mark = "[green]yes[/]" if step.sustained else "[yellow]no[/]"
+            values = ["", "", ""]
+            if step.figures:
+                first, each = step.figures.time_to_first_token_ms, step.figures.time_per_output_token_ms
+                values = [f"{step.figures.queries_per_minute:.1f}", f"{first.p50:.0f} / {first.p99:.0f}"]
+                values.append(f"{each.p50:.1f} / {each.p99:.1f}")
+            table.add_row(server.server, f"{step.load:g}", mark, *values, step.why)
+
+    for server in report.servers:
+        rows(server)
     return table
 
 

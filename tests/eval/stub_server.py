@@ -4,7 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -42,6 +42,8 @@ def serving(
     message: dict[str, Any] | None = None,
     key: str | None = None,
     names: tuple[str, ...] = ("tiny",),
+    one_at_a_time: bool = False,
+    context_tokens: int | None = None,
 ) -> Iterator[Stub]:
     """Serve until the block ends.
 
@@ -57,7 +59,10 @@ def serving(
         message: more of a chat answer's message, `reasoning_content` for one.
         names: the models that it lists.
         key: refuse requests without this API key, and repeat in the refusal the one that was given.
+        one_at_a_time: streams wait for one another, so that there is a rate beyond which they pile up.
+        context_tokens: what /v1/models says of the model's context.
     """
+    turn: AbstractContextManager[object] = threading.Lock() if one_at_a_time else nullcontext()
     decode = _decoder(tokenizer) if tokenizer else str
 
     class Handler(BaseHTTPRequestHandler):
@@ -67,7 +72,8 @@ def serving(
         def do_GET(self) -> None:
             stub.keys.append(self.headers["Authorization"])
             if key is None or self.headers["Authorization"] == f"Bearer {key}":
-                self._send({"data": [{"id": name} for name in names]})
+                more = {"max_model_len": context_tokens} if context_tokens else {}
+                self._send({"data": [{"id": name, **more} for name in names]})
             else:
                 self._send({"error": {"message": f"{self.headers['Authorization']} is not a key"}}, 401)
 
@@ -84,7 +90,8 @@ def serving(
             elif status != 200:
                 self._send({"error": {"message": "the experts are on holiday"}}, status)
             elif body.get("stream"):
-                self._stream(body, len(stub.bodies))
+                with turn, suppress(ConnectionError):
+                    self._stream(body, len(stub.bodies))
             else:
                 time.sleep(seconds)
                 chat = "messages" in body
@@ -114,7 +121,8 @@ def serving(
                 self._event({"choices": [{"index": 0, "text": "a"}]})
                 if breaks(number):
                     self._event({"error": {"message": "out of memory"}})
-            self._event({"choices": [], "usage": {"completion_tokens": tokens}})
+            usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": tokens}
+            self._event({"choices": [], "usage": usage})
             self._chunk(b"data: [DONE]\n\n")
             self._chunk(b"")
 

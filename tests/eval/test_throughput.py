@@ -6,8 +6,10 @@ import pytest
 
 from lightship.endpoint import Endpoint
 from lightship.errors import EvaluationError
-from lightship.eval.throughput import benchmark, describe_machine
-from lightship.recipe import ThroughputLoad
+from lightship.eval.machine import describe_machine
+from lightship.eval.throughput import SERVERS, benchmark
+from lightship.recipe import ThroughputLoad, TraceReplay
+from lightship.summary import metrics
 from tests.eval.stub_server import serving
 
 LOAD = ThroughputLoad(concurrencies=[1, 4], requests=8, warmup_requests=2, prompt_tokens=3, output_tokens=5)
@@ -87,3 +89,31 @@ def test_prompts_of_another_length_than_promised_are_refused(tokenizer: Path) ->
 
 def test_the_machine_is_described_with_its_cores() -> None:
     assert describe_machine().endswith(" cores")
+
+
+def test_a_recipes_rate_and_trace_put_each_server_under_the_same_requests(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:00:00.0,9,4\n2023-11-16 18:00:00.2,700,3\n"
+    )
+    trace = TraceReplay(path=str(tmp_path / "t.csv"), speed=2.0)
+    load = ThroughputLoad(
+        concurrencies=[1], requests=8, warmup_requests=1, prompt_tokens=3, output_tokens=5, rate=40.0, trace=trace,
+        ttft_ms=5000,
+    )  # fmt: skip
+    with serving(tokenizer) as one, serving(tokenizer) as other:
+        servers = (
+            Endpoint(s.endpoint.base_url, "tiny", tokenizer, context_tokens=c) for s, c in ((one, 500), (other, 600))
+        )
+        result = benchmark(
+            dict(zip(SERVERS, servers, strict=True)), load, [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(8)]
+        )
+    assert [r.workload.arrivals for r in result.arrivals] == ["poisson", "trace"]
+    assert [[x.server for x in r.servers] for r in result.arrivals] == [["source", "quantized"]] * 2
+    assert [x["prompt"] for x in one.bodies[-2:]] == [x["prompt"] for x in other.bodies[-2:]]
+    assert [len(x["prompt"]) for x in one.bodies[-2:]] == [9, 497]
+    assert result.arrivals[1].workload.prompts_clipped == 1
+    assert result.arrivals[1].workload.seconds == pytest.approx(0.1)
+    counted = result.arrivals[0].servers[0]
+    assert (counted.requests, counted.warmup_requests) == (7, 1)
+    assert counted.goodput is not None
+    assert metrics(result)["throughput/quantized/poisson/goodput"] == 1
