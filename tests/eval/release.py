@@ -8,7 +8,7 @@ from lightship.eval.comparison import compare
 from lightship.eval.gate import decide
 from lightship.eval.measures import Evidence
 from lightship.eval.questions import Question
-from lightship.eval.report import ReportData
+from lightship.eval.report_data import ReportData
 from lightship.policy import Gate
 from lightship.records import (
     Accuracy,
@@ -56,16 +56,17 @@ def accuracy(right: list[bool], *, text: str = "… the answer is (B).", **field
 
 
 def plan(experts_after: int = 54_000_000) -> Plan:
-    tensors: list[tuple[str, Any, int, int]] = [
-        ("model.layers.1.mlp.experts.0.gate_proj.weight", "int4", 100_000_000, experts_after),
-        ("model.layers.1.self_attn.o_proj.weight", "fp8", 11_000_000, 11_000_000),
-        ("model.embed_tokens.weight", "keep", 6_000_000, 6_000_000),
+    tensors: list[tuple[str, Any, str, int, int]] = [
+        ("model.layers.1.mlp.experts.0.gate_proj.weight", "int4", "routed experts", 100_000_000, experts_after),
+        ("model.layers.1.self_attn.o_proj.weight", "fp8", "attention", 8_000_000, 8_000_000),
+        ("model.layers.1.mlp.shared_experts.up_proj.weight", "fp8", "shared experts", 3_000_000, 3_000_000),
+        ("model.embed_tokens.weight", "keep", "embeddings, head", 6_000_000, 6_000_000),
     ]
     planned = [
         PlannedTensor(
-            name=n, action=a, converted=False, part=a, dtype="F8_E4M3", shape=[1, b], bytes_before=b, bytes_after=c
+            name=n, action=a, converted=False, part=part, dtype="F8_E4M3", shape=[1, b], bytes_before=b, bytes_after=c
         )
-        for n, a, b, c in tensors
+        for n, a, part, b, c in tensors
     ]
     fit = Fit(gpu="80 GB (H100)", tp=8, usable_bytes=76_000_000, weight_bytes=9_000_000, cache_bytes_per_token=1000)
     layers = ["model.layers.1.mlp"]
