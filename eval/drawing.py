@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Iterable
 from html import escape
 
-WIDTH = 860
+WIDTH, NARROW = 860, 420
+"""Of a drawing on a desk and on a phone, in pixels at which its text is read well."""
 LABELS = 130
 """Left margin of plots whose rows have names."""
 

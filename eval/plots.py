@@ -18,7 +18,7 @@ Series = Mapping[str, Sequence[tuple[str, float]]]
 """Class of the colour -> layer's name and value."""
 
 
-def bytes_by_part(plan: Plan) -> str:
+def bytes_by_part(plan: Plan, width: int = WIDTH) -> str:
     """Two bars a part of the model, before and after, the heaviest part first."""
     parts: dict[str, tuple[int, int]] = {}
     for tensor in plan.tensors:
@@ -26,7 +26,7 @@ def bytes_by_part(plan: Plan) -> str:
         parts[tensor.part] = (before + tensor.bytes_before, after + tensor.bytes_after)
     rows = [("all", (plan.bytes_before, plan.bytes_after))]
     rows += sorted(parts.items(), key=lambda part: -part[1][0])
-    left, right, row = LABELS, WIDTH - 190, 38
+    left, right, row = LABELS, width - 130, 38
     x_of = draw.scale(max(max(sizes) for _, sizes in rows), left, right)
     marks = [draw.legend((("source", "source"), ("quantized", "quantized")), 14, x=left)]
     for number, (part, (before, after)) in enumerate(rows):
@@ -36,20 +36,22 @@ def bytes_by_part(plan: Plan) -> str:
             marks.append(draw.rect(left, y + offset, max(x_of(size) - left, 1), 10, css))
         said = human_bytes(before) if before == after else f"{human_bytes(before)} → {human_bytes(after)}"
         marks.append(draw.text(x_of(max(before, after)) + 10, y + 18, said, "strong"))
-    return draw.svg(38 + row * len(rows), marks, "Bytes of the checkpoint by part, before and after")
+    return draw.svg(38 + row * len(rows), marks, "Bytes of the checkpoint by part, before and after", width)
 
 
-def accuracy_by_category(source: Accuracy, quantized: Accuracy) -> str:
+def accuracy_by_category(source: Accuracy, quantized: Accuracy, width: int = WIDTH) -> str:
     """Two dots a category with their 95 % Wilson intervals; the axis spans the intervals, in whole tens of percent."""
     before, after = source.by_category(), quantized.by_category()
-    left, right, row = LABELS + 40, WIDTH - 20, 34
+    left, right, row = LABELS + 30, width - 20, 34
     bottom = 40 + row * len(before)
     intervals = [wilson_interval(*counts) for counts in (*before.values(), *after.values())]
     lowest = 10 * math.floor(10 * min(low for low, _ in intervals))
     highest = 10 * math.ceil(10 * max(high for _, high in intervals))
     x_of = draw.scale(highest / 100, left, right, lowest / 100)
+    most = width // 90
+    tick_every = next(n for n in (5, 10, 20, 50) if (highest - lowest) / n <= most)
     marks = [draw.legend((("source", "source"), ("quantized", "quantized")), 14, x=left)]
-    for percent in range(lowest, highest + 1, 5 if highest - lowest <= 40 else 10):
+    for percent in range(lowest, highest + 1, tick_every):
         marks.append(draw.line(x_of(percent / 100), 28, x_of(percent / 100), bottom, "grid"))
         marks.append(draw.text(x_of(percent / 100), bottom + 18, f"{percent} %", anchor="middle"))
     for i, category in enumerate(before):
@@ -63,7 +65,7 @@ def accuracy_by_category(source: Accuracy, quantized: Accuracy) -> str:
     marks.append(
         draw.text((left + right) / 2, bottom + 40, "questions answered correctly, 95 % interval", anchor="middle")
     )
-    return draw.svg(bottom + 50, marks, "Accuracy by category, source and quantized model")
+    return draw.svg(bottom + 50, marks, "Accuracy by category, source and quantized model", width)
 
 
 def coverage(calibration: Calibration) -> str:
@@ -72,12 +74,14 @@ def coverage(calibration: Calibration) -> str:
     Experts below the calibration's floor have colours of their own.
     """
     experts = len(calibration.layers[0].tokens_of_experts())
-    left, top = LABELS, 58
+    left, top = LABELS, 58 if calibration.starved else 34
     row = max(7, min(28, 400 // len(calibration.layers)))
     column = (WIDTH - left - 10) / experts
     gap = 1 if column > 5 and row > 5 else 0
     shares = [(f"h{i}", name) for i, name in enumerate(SHARE_NAMES, start=1)]
-    starved = [("h0", "no token"), ("starved", f"fewer than {calibration.token_floor:,} tokens: starved")]
+    starved = [("h0", "no token")] if calibration.without_tokens else []
+    if len(calibration.starved) > len(calibration.without_tokens):
+        starved.append(("starved", f"fewer than {calibration.token_floor:,} tokens: starved"))
     cells: dict[str, list[str]] = {}
     marks = [draw.text(0, 14, "× an even share"), draw.legend(shares, 14, x=left, step=72)]
     marks.append(draw.legend(starved, 36, x=left))
@@ -103,13 +107,13 @@ def coverage(calibration: Calibration) -> str:
     return draw.svg(bottom + 44, marks, "Calibration tokens an expert, by layer")
 
 
-def errors_by_layer(series: Series, what: str) -> str:
+def errors_by_layer(series: Series, what: str, width: int = WIDTH) -> str:
     """Relative squared error of each layer after rounding, in percent; of w13 in `first`, of w2 in `second`."""
-    left, right, top, bottom = 70, WIDTH - 20, 34, 194
+    left, right, top, bottom = 60, width - 10, 34, 194
     layers = [name for name, _ in next(iter(series.values()))]
     ticks = draw.round_ticks(max(100 * max(value for _, value in points) for points in series.values()))
     y_of, x_of = draw.scale(ticks[-1], bottom, top), draw.scale(len(layers), left, right)
-    marks = [draw.text(0, 14, "error"), draw.legend(ERRORS, 14, x=left, step=230)]
+    marks = [draw.text(0, 14, "error"), draw.legend(ERRORS, 14, x=left, step=208)]
     for tick in ticks:
         marks.append(draw.line(left, y_of(tick), right, y_of(tick), "grid"))
         marks.append(draw.text(left - 10, y_of(tick) + 4, f"{tick:g} %", anchor="end"))
@@ -118,21 +122,21 @@ def errors_by_layer(series: Series, what: str) -> str:
         marks.append(draw.path_through(placed, f"{css}-line"))
         for (x, y), (name, value) in zip(placed, points, strict=True):
             marks.append(draw.dot(x, y, css, f"{short_layer(name)}: {value:.3%}", 3.5))
-    for i in range(0, len(layers), math.ceil(len(layers) / 16)):
+    for i in range(0, len(layers), math.ceil(len(layers) / (width // 52))):
         number = short_layer(layers[i]).removeprefix("layer ")
         marks.append(draw.text(x_of(i + 0.5), bottom + 18, number, anchor="middle"))
     marks.append(draw.text((left + right) / 2, bottom + 38, "layer", anchor="middle"))
-    return draw.svg(bottom + 46, marks, what)
+    return draw.svg(bottom + 46, marks, what, width)
 
 
-def kl_by_scene(fidelity: Fidelity) -> str:
+def kl_by_scene(fidelity: Fidelity, width: int = WIDTH) -> str:
     """A bar a scene: mean KL divergence a token in nats, with the agreement of the most likely token."""
-    left, right, row = LABELS, WIDTH - 210, 34
+    left, right, row = LABELS, width - 110, 34
     bottom = 8 + row * len(fidelity.scenes)
     ticks = draw.round_ticks(max(max(s.kl for s in fidelity.scenes), 1e-6))
     x_of = draw.scale(ticks[-1], left, right)
     marks = []
-    for tick in ticks:
+    for tick in ticks[:: 1 if width == WIDTH else 2]:
         marks += [
             draw.line(x_of(tick), 4, x_of(tick), bottom, "grid"),
             draw.text(x_of(tick), bottom + 18, f"{tick:g}", anchor="middle"),
@@ -141,10 +145,10 @@ def kl_by_scene(fidelity: Fidelity) -> str:
         y = 8 + row * i
         marks.append(draw.text(left - 12, y + row / 2 + 4, scene.scene, "strong", "end"))
         marks.append(draw.rect(left, y + 7, x_of(scene.kl) - left, row - 14, "quantized"))
-        said = f"{scene.kl:.4f}; same top token {100 * scene.top1_agreement:.1f} %"
+        said = f"{scene.kl:.4f}; {100 * scene.top1_agreement:.1f} %"
         marks.append(draw.text(x_of(scene.kl) + 8, y + row / 2 + 4, said, "strong"))
     marks.append(draw.text((left + right) / 2, bottom + 38, "KL(source ‖ quantized), nats a token", anchor="middle"))
-    return draw.svg(bottom + 46, marks, "KL divergence by scene")
+    return draw.svg(bottom + 46, marks, "KL divergence by scene", width)
 
 
 def against_load(title: str, throughput: Throughput, measure: str, percentiles: Sequence[str] = ()) -> str:

@@ -3,6 +3,7 @@
 from html import escape
 
 from lightship.eval import plots
+from lightship.eval.drawing import NARROW
 from lightship.eval.report_data import ReportData
 from lightship.eval.report_parts import figure, percent, points
 from lightship.records import AnsweredQuestion, Comparison
@@ -14,6 +15,7 @@ MOST_LOST = 10
 def same_model(release: ReportData) -> str:
     """What the two models answer and predict, side by side."""
     c, a = release.comparison, release.agreement
+    both = release.source_accuracy, release.quantized_accuracy
     return (
         "<h2>Is it still the same model?</h2>"
         f"<p>Both models answered the same {c.questions:,} questions. {len(c.lost)} got the right answer from the "
@@ -25,16 +27,19 @@ def same_model(release: ReportData) -> str:
         + _stages(c)
         + figure(
             "Accuracy by category",
-            plots.accuracy_by_category(release.source_accuracy, release.quantized_accuracy),
+            plots.accuracy_by_category(*both),
             "In brackets, the questions asked; the axis may start above zero. The intervals are of each model alone; "
             "the comparison above is paired, which sees smaller differences than overlapping intervals suggest.",
+            plots.accuracy_by_category(*both, NARROW),
         )
         + _subjects(c)
         + figure(
             "Divergence on held-out text",
             plots.kl_by_scene(release.fidelity),
             f"{sum(s.tokens for s in release.fidelity.scenes):,} tokens of held-out text. Zero would be "
-            "the identical model; the measure says how far apart the two are, not which one is better.",
+            "the identical model; the measure says how far apart the two are, not which one is better. In percent, how "
+            "often both find the same token likeliest.",
+            plots.kl_by_scene(release.fidelity, NARROW),
         )
     )
 
@@ -52,13 +57,13 @@ def _stages(comparison: Comparison) -> str:
 
 def _subjects(comparison: Comparison) -> str:
     rows = "".join(
-        f'<tr><td>{escape(s.subject)}</td><td class="num">{s.questions:,}</td>'
+        f"<tr><td>{escape(s.subject)}<small>{s.questions:,} questions</small></td>"
         f'<td class="num">{s.lost} / {s.gained}</td>'
         f'<td class="num">{points(s.loss)}<small>{points(s.loss_low)} to {points(s.loss_high)}</small></td>'
         f'<td class="num">{s.p_adjusted:.2g}<small>alone {s.p_value:.2g}</small></td></tr>'
         for s in comparison.subjects
     )
-    heads = ("Questions", "Lost / gained", "Loss, points", "p by Holm")
+    heads = ("Lost / gained", "Loss, points", "p by Holm")
     head = f"<tr><th>Subject</th>{''.join(f'<th class=num>{h}</th>' for h in heads)}</tr>"
     return (
         f'<h3>Loss by subject, paired</h3><div class="scroll"><table>{head}{rows}</table></div><p class="note">The '

@@ -4,7 +4,7 @@ from html import escape
 from statistics import mean
 
 from lightship.eval import plots
-from lightship.eval.drawing import human_bytes
+from lightship.eval.drawing import NARROW, human_bytes
 from lightship.eval.report_data import ReportData
 from lightship.eval.report_parts import figure, percent
 from lightship.records import Calibration
@@ -25,21 +25,27 @@ def size_and_rounding(release: ReportData) -> str:
         plots.bytes_by_part(release.plan),
         f"Only the routed experts become smaller: by {percent(release.plan.experts_shrink)}, scales included. "
         f"On disk the quantized checkpoint takes {human_bytes(release.quantized.bytes_total)}.",
+        plots.bytes_by_part(release.plan, NARROW),
+    )
+    of_outputs, of_weights = (
+        f"Relative squared error of the experts' {what}, by layer" for what in ("outputs", "weights")
     )
     outputs = _output_errors(release.calibration)
     if outputs:
         made += figure(
             "Rounding error of the experts' outputs",
-            plots.errors_by_layer(outputs, "Relative squared error of the experts' outputs, by layer"),
+            plots.errors_by_layer(outputs, of_outputs),
             "‖y − y′‖² / ‖y‖² on the calibration tokens, the mean over a layer's experts. This is what rounding tries "
             "to keep small.",
+            plots.errors_by_layer(outputs, of_outputs, NARROW),
         )
     if verified:
         made += figure(
             "Rounding error of the experts' weights",
-            plots.errors_by_layer(weights, "Relative squared error of the experts' weights, by layer"),
+            plots.errors_by_layer(weights, of_weights),
             "‖w − w′‖² / ‖w‖² over a layer's experts, as verified against the source. A method that accounts for the "
             "inputs, as GPTQ does, accepts a larger error here for a smaller one in the outputs.",
+            plots.errors_by_layer(weights, of_weights, NARROW),
         )
     return made
 

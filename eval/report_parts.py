@@ -1,12 +1,10 @@
 """Pieces of the report's markup, and how it writes numbers."""
 
 
-def figure(title: str, svg: str, caption: str) -> str:
-    """A titled drawing with what it means below it."""
-    return (
-        f'<figure><h3>{title}</h3><div class="scroll"><div class="wide">{svg}</div></div>'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+def figure(title: str, svg: str, caption: str, narrow: str = "") -> str:
+    """A titled drawing with what it means below it; `narrow` is the drawing for a phone."""
+    drawn = f'<div class="on-wide">{svg}</div><div class="on-narrow">{narrow}</div>' if narrow else svg
+    return f"<figure><h3>{title}</h3>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 
 def row(name: str, source: str, quantized: str, change: str) -> str:

@@ -68,7 +68,7 @@ td small { display: block; color: var(--soft); font-size: 13px; line-height: 1.4
 figure { margin: 16px 0 28px; }
 figure svg { display: block; width: 100%; height: auto; }
 figure svg.swatch { display: inline; width: 9px; height: 9px; }
-.wide { min-width: 560px; }
+.on-narrow { display: none; }
 .panels { display: grid; grid-template-columns: repeat(3, 1fr); gap: 28px; }
 details { border-top: 1px solid var(--rule); padding: 10px 0; }
 details:last-of-type { border-bottom: 1px solid var(--rule); }
@@ -92,7 +92,8 @@ footer { margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--rule);
 @media (max-width: 700px) {
   main { padding: 28px 16px 56px; }
   h1 { font-size: 25px; }
-  .wide { min-width: 680px; }
+  .on-wide { display: none; } .on-narrow { display: block; }
+  th { white-space: normal; }
   .panels { grid-template-columns: 1fr; } .panels svg { max-width: 340px; }
   .answers { grid-template-columns: 1fr; }
   th, td { padding-right: 12px; }

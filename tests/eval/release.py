@@ -124,7 +124,7 @@ def rounding(expert: int, tokens: int, rng: random.Random) -> ExpertRounding:
     output = error * 0.6 if tokens else None
     return ExpertRounding(
         expert=expert, tokens=tokens, how="gptq" if tokens else "mse, no tokens", w13_error=error,
-        w2_error=1.2 * error, w13_output_error=output, w2_output_error=output,
+        w2_error=1.2 * error, w13_output_error=output, w2_output_error=None if output is None else 1.3 * output,
     )  # fmt: skip
 
 

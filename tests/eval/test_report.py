@@ -177,5 +177,5 @@ def test_each_subject_has_its_loss_and_its_adjusted_p_value(tmp_path: Path) -> N
     page = written(tmp_path)
     table = page[page.index("Loss by subject") :]
     for subject in release().comparison.subjects:
-        assert f"<tr><td>{subject.subject}</td>" in table
+        assert f"<tr><td>{subject.subject}<small>{subject.questions} questions" in table
         assert f'<td class="num">{subject.p_adjusted:.2g}<small>alone {subject.p_value:.2g}</small></td>' in table
