@@ -5,6 +5,7 @@ Colours are classes of `report_style`, so they follow the reader's light or dark
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 from lightship.eval import drawing as draw
 from lightship.eval.drawing import LABELS, WIDTH, human_bytes, short_layer
@@ -68,43 +69,60 @@ def accuracy_by_category(source: Accuracy, quantized: Accuracy, width: int = WID
     return draw.svg(bottom + 50, marks, "Accuracy by category, source and quantized model", width)
 
 
-def coverage(calibration: Calibration) -> str:
+def coverage(calibration: Calibration, width: int = WIDTH) -> str:
     """Heat map, a row a layer and a column an expert: tokens routed to it, as a multiple of the layer's even share.
 
     Experts below the calibration's floor have colours of their own.
     """
-    experts = len(calibration.layers[0].tokens_of_experts())
-    left, top = LABELS, 58 if calibration.starved else 34
-    row = max(7, min(28, 400 // len(calibration.layers)))
-    column = (WIDTH - left - 10) / experts
-    gap = 1 if column > 5 and row > 5 else 0
+    layers, experts = len(calibration.layers), len(calibration.layers[0].tokens_of_experts())
+    wide = width == WIDTH
+    left, top = LABELS if wide else 64, 58 if calibration.starved else 34
+    row = max(7, min(28, 400 // layers))
+    column = (width - left - 10) / experts
     shares = [(f"h{i}", name) for i, name in enumerate(SHARE_NAMES, start=1)]
     starved = [("h0", "no token")] if calibration.without_tokens else []
     if len(calibration.starved) > len(calibration.without_tokens):
         starved.append(("starved", f"fewer than {calibration.token_floor:,} tokens: starved"))
-    cells: dict[str, list[str]] = {}
-    marks = [draw.text(0, 14, "× an even share"), draw.legend(shares, 14, x=left, step=72)]
-    marks.append(draw.legend(starved, 36, x=left))
+    marks = [draw.legend(shares, 14, x=left, step=72 if wide else 48), draw.legend(starved, 36, x=left)]
     label_every = math.ceil(14 / row)
-    for i, layer in enumerate(calibration.layers):
-        y = top + i * row
-        if i % label_every == 0:
-            marks.append(draw.text(left - 12, y + row / 2 + 4, short_layer(layer.layer_name), anchor="end"))
-        tokens = layer.tokens_of_experts()
-        even = sum(tokens) / experts
-        for expert, count in enumerate(tokens):
-            css = f"h{1 + sum(count / even > edge for edge in SHARES)}"
-            if count < calibration.token_floor:
-                css = "starved" if count else "h0"
-            x, w, h = left + expert * column, column - gap, row - gap
-            cells.setdefault(css, []).append(f"M{x:.1f} {y}h{w:.1f}v{h}h{-w:.1f}z")
-    marks += [f'<path class="{css}" d="{"".join(drawn)}"/>' for css, drawn in cells.items()]
-    bottom = top + row * len(calibration.layers)
-    tick = max(1, 2 ** math.ceil(math.log2(experts / 16)))
-    for expert in range(0, experts, tick):
-        marks.append(draw.text(left + (expert + 0.5) * column, bottom + 16, str(expert), anchor="middle"))
+    for i in range(0, layers, label_every):
+        name = short_layer(calibration.layers[i].layer_name)
+        marks.append(draw.text(left - 12, top + (i + 0.5) * row + 4, name, anchor="end"))
+    gap = 1 if column > 5 and row > 5 else 0
+    placed = f"translate({left} {top}) scale({column:.4f} {row})"
+    marks.append(f'<g transform="{placed}">{_cells(calibration, gap / column, gap / row)}</g>')
+    bottom = top + row * layers
+    tick = max(1, 2 ** math.ceil(math.log2(experts / (width // 52))))
+    marks += [
+        draw.text(left + (expert + 0.5) * column, bottom + 16, str(expert), anchor="middle")
+        for expert in range(0, experts, tick)
+    ]
     marks.append(draw.text(left + experts * column / 2, bottom + 36, "expert", anchor="middle"))
-    return draw.svg(bottom + 44, marks, "Calibration tokens an expert, by layer")
+    return draw.svg(bottom + 44, marks, "Calibration tokens an expert, by layer", width)
+
+
+def _cells(calibration: Calibration, gap_x: float, gap_y: float) -> str:
+    """Unit squares less the gaps, as one path a colour; without gaps, neighbours of a colour are one rectangle."""
+    cells: dict[str, list[str]] = {}
+    tall = f"{1 - gap_y:.3g}"
+    for y, layer in enumerate(calibration.layers):
+        tokens = layer.tokens_of_experts()
+        colours = [_colour(count, sum(tokens) / len(tokens), calibration.token_floor) for count in tokens]
+        x = 0
+        for colour, alike in groupby(colours):
+            run = len(list(alike))
+            width = 1 if gap_x else run
+            side = f"{width - gap_x:.3g}"
+            drawn = [f"M{x + i} {y}h{side}v{tall}h-{side}z" for i in range(0, run, width)]
+            cells.setdefault(colour, []).extend(drawn)
+            x += run
+    return "".join(f'<path class="{css}" d="{"".join(drawn)}"/>' for css, drawn in cells.items())
+
+
+def _colour(count: int, even: float, floor: int) -> str:
+    if count < floor:
+        return "starved" if count else "h0"
+    return f"h{1 + sum(count / even > edge for edge in SHARES)}"
 
 
 def errors_by_layer(series: Series, what: str, width: int = WIDTH) -> str:

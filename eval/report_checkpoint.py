@@ -81,6 +81,7 @@ def calibration_coverage(release: ReportData) -> str:
         plots.coverage(calibration),
         "Tokens routed to each expert, as a multiple of an even share of its layer's. Routing is uneven by nature. An "
         "expert that is starved was rounded with its layer's tokens beside its own; one without tokens, without any.",
+        plots.coverage(calibration, NARROW),
     )
 
 

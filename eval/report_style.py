@@ -93,8 +93,8 @@ footer { margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--rule);
   main { padding: 28px 16px 56px; }
   h1 { font-size: 25px; }
   .on-wide { display: none; } .on-narrow { display: block; }
-  th { white-space: normal; }
-  .panels { grid-template-columns: 1fr; } .panels svg { max-width: 340px; }
+  th { white-space: normal; } td.num small { white-space: normal; }
+  .panels { grid-template-columns: 1fr; } .panels svg { max-width: 300px; }
   .answers { grid-template-columns: 1fr; }
   th, td { padding-right: 12px; }
   .gate tr { display: grid; grid-template-columns: auto 1fr; border-bottom: 1px solid var(--rule); }
