@@ -117,7 +117,7 @@ def _summary(release: ReportData) -> str:
             "Same answer<small>right or wrong, greedily decoded</small>",
             "",
             percent(release.agreement.same_answer),
-            f"same text {percent(release.agreement.same_text)}",
+            f"{percent(release.agreement.same_text)}<small>the same text</small>",
         ),
         row("Answers cut by the token limit", percent(source.truncated), percent(quantized.truncated), ""),
         row("Answers without a readable letter", percent(source.unparsed), percent(quantized.unparsed), ""),

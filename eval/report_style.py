@@ -93,10 +93,11 @@ footer { margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--rule);
   main { padding: 28px 16px 56px; }
   h1 { font-size: 25px; }
   .on-wide { display: none; } .on-narrow { display: block; }
-  th { white-space: normal; } td.num small { white-space: normal; }
+  th.num, td.num small { white-space: normal; }
   .panels { grid-template-columns: 1fr; } .panels svg { max-width: 300px; }
   .answers { grid-template-columns: 1fr; }
-  th, td { padding-right: 12px; }
+  th, td { padding-right: 8px; font-size: 15px; } th { font-size: 12px; } td small { font-size: 12px; }
+  th:last-child, td:last-child { padding-right: 0; }
   .gate tr { display: grid; grid-template-columns: auto 1fr; border-bottom: 1px solid var(--rule); }
   .gate tr:first-child { display: none; }
   .gate td { border: 0; padding-bottom: 4px; }
