@@ -114,11 +114,12 @@ def _values(metric: MetricContrast) -> tuple[str, str, str, str]:
 
 
 def number(value: float, signed: bool = False) -> str:
-    """Four significant digits, three of a difference; whole numbers with their thousands separated."""
-    sign = "+" if signed else ""
-    if abs(value) >= 1000:
-        return f"{value:{sign},.0f}"
-    return f"{value:{sign}.3g}" if signed else f"{value:.4g}"
+    """Four significant digits, three of a difference; `71.92M` from a million on."""
+    sign, digits = ("+", 3) if signed else ("", 4)
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= unit:
+            return f"{value / unit:{sign}.{digits}g}{letter}"
+    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.{digits}g}"
 
 
 def releases_table(sides: list[ReleaseSide]) -> Table:

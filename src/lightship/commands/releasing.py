@@ -5,11 +5,13 @@ lightship release demo/checkpoint --recipe recipes/demo.toml
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightship.commands.arguments import Add, take_home, take_recipe
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from lightship.contrast import Contrast
     from lightship.tracking import Tracker
 
@@ -149,15 +151,17 @@ def _compare(arguments: argparse.Namespace) -> int:
     from lightship.tracking import Tracker
 
     tracker = Tracker.connect(arguments.home)
-    if len(arguments.releases) == 2:
-        held = _contrast(tracker, arguments.home, *find_releases(arguments.home, arguments.releases, tracker))
-        view: Any = contrast_view(held)
+    named = find_releases(arguments.home, arguments.releases, tracker) if arguments.releases else None
+    if named is not None and len(named) == 2:
+        held = _contrast(tracker, arguments.home, named[0], named[1])
+        found: object = held
+        view: RenderableType = contrast_view(held)
     else:
-        named = find_releases(arguments.home, arguments.releases, tracker) if arguments.releases else None
-        held = tracker.sides(named)
-        view = releases_table(held)
+        sides = tracker.sides(named)
+        found = sides
+        view = releases_table(sides)
     if arguments.json:
-        print(msgspec.json.format(msgspec.json.encode(held)).decode())
+        print(msgspec.json.format(msgspec.json.encode(found)).decode())
     else:
         show(view)
     return 0
@@ -170,9 +174,10 @@ def _contrast(tracker: "Tracker", home: Path, first: str, second: str) -> "Contr
     from lightship.eval.evidence import read_measured
     from lightship.eval.losses import compare_with_champion
 
-    sides = tracker.sides([first, second])
+    one, other = tracker.sides([first, second])
     try:
-        answers = compare_with_champion(*(read_measured(home / "releases" / name) for name in (first, second)))
+        measured = [read_measured(home / "releases" / name) for name in (first, second)]
+        answers = compare_with_champion(measured[0], measured[1])
     except LightshipError as error:
-        return contrast(*sides, not_paired=str(error))
-    return contrast(*sides, answers)
+        return contrast(one, other, not_paired=str(error))
+    return contrast(one, other, answers)
