@@ -40,6 +40,7 @@ def main() -> None:
     arguments.add_argument("--browser-python", help="a Python with playwright")
     arguments.add_argument("--home", type=Path, help="use the releases there, or make them there")
     chosen = arguments.parse_args()
+    busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         home = chosen.home or Path(scratch)
         ids = release_many(home, chosen.releases)
@@ -48,6 +49,7 @@ def main() -> None:
         "command": COMMAND,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
+        "load_average": round(busy, 1),
         "releases": len(ids),
         "waits": waits,
     }
@@ -101,7 +103,7 @@ def wait_for_server(home: Path, scratch: Path, runs: int, browser_python: str | 
         ]
         if browser_python:
             script = [browser_python, str(ROOT / "benchmarks" / "compare_runs_browser.py"), url, experiment, *found]
-            pages = json.loads(subprocess.run(script, check=True, capture_output=True, text=True).stdout)
+            pages = json.loads(subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True).stdout)
             waits += [wait_of(what, seconds) for what, seconds in pages.items()]
     return waits
 
@@ -131,7 +133,8 @@ def as_markdown(result: dict[str, Any]) -> str:
     rows = "\n".join(f"| {w['what']} | {w['median']:.1f} | {max(w['seconds']):.1f} |" for w in result["waits"])
     return (
         f"# Waiting with {result['releases']} releases\n\n"
-        f"`{result['command']}`, {result['date']}, {result['machine']}.\n\n"
+        f"`{result['command']}`, {result['date']}, {result['machine']}, load average "
+        f"{result['load_average']} before it began.\n\n"
         f"The releases are fabricated, by the code that tracks real ones. A run has about 110 metrics, 40 of them "
         "curves. SQLite holds them, one worker serves them. Seconds, of three times each; of a page, from its address "
         "until what it is for can be read.\n\n"

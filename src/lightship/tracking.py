@@ -317,7 +317,9 @@ class ReleaseRun:
     def log_verdict(self, verdict: Verdict) -> None:
         """Tag the run, its logged model and its registered version with the decision, and describe them with why."""
         client = self.tracker.client
-        why = "\n".join([f"**{verdict.decision}**", *(f"- {r.rule}: {r.explanation}" for r in verdict.rules)])
+        not_met = [rule.rule for rule in verdict.rules if rule.decision != "pass"]
+        headline = f"{verdict.decision}: {', '.join(not_met) or f'all {len(verdict.rules)} rules'}"
+        why = "\n".join([headline, "", *(f"- {r.rule}: {r.explanation}" for r in verdict.rules)])
         self.tag(VERDICT_TAG, verdict.decision)
         self.tag("mlflow.note.content", why)
         model = self._model_id()
