@@ -35,13 +35,21 @@ INVALID = "[invalid]"
 """What lm-eval's regex filter says where it finds nothing."""
 
 
-def evaluate(endpoint: Endpoint, task: AccuracyTask, work: Path, only: Collection[int | str] | None = None) -> Accuracy:
+def evaluate(
+    endpoint: Endpoint,
+    task: AccuracyTask,
+    work: Path,
+    only: Collection[int | str] | None = None,
+    *,
+    fresh: bool = False,
+) -> Accuracy:
     """Ask the questions and keep every answer.
 
     Args:
         work: a directory for the answers and lm-eval's log. Answers that it holds of the same model to the same
             requests are not asked for again.
         only: ids of those of the task's questions to ask; all if absent.
+        fresh: forget the answers that `work` holds.
 
     Raises:
         EvaluationError: the questions or a further task cannot be used, the endpoint does not answer or does not serve
@@ -55,11 +63,11 @@ def evaluate(endpoint: Endpoint, task: AccuracyTask, work: Path, only: Collectio
     asked = Questions([q for q in drawn if only is None or q.question_id in only], questions.validation)
     served = identify_served(endpoint)
     work.mkdir(parents=True, exist_ok=True)
-    with _quiet_lm_eval(work / "lm-eval.log"), AnswerLog.open(work / ANSWERS) as answers:
+    with _quiet_lm_eval(work / "lm-eval.log"), AnswerLog.open(work / ANSWERS, fresh=fresh) as answers:
         tasks = mmlu_pro_tasks(name, asked, task.max_tokens)
         more = [load_task(source, task.seed, task) for source in task.task_sources]
         model = asking_model(endpoint, task, answers, served)
-        result = _run(model, task, {"tasks": tasks, "groups": {}, "group_map": {}})
+        result = _run(model, task, {"tasks": tasks, "groups": {}, "group_map": {}}) if tasks else {}
         order = {str(q.question_id): i for i, q in enumerate(asked.test)}
         answered = [_answered(sample) for task_name in tasks for sample in result["samples"][task_name]]
         return Accuracy(

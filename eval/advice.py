@@ -4,6 +4,7 @@ lightship decide RELEASE
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lightship.eval.losses import rounded_up
 from lightship.recipe import Recipe
@@ -48,7 +49,8 @@ def next_step(rule: RuleResult, place: Place) -> str:
         tokens = place.recipe.accuracy.max_tokens
         return f"raise accuracy.max_tokens ({tokens}) if the answers are sound, then {place.again}"
     if rule.rule == "unparsed":
-        return f"`lightship report {place.release_id} --home {place.home}`, and read the answers without a letter"
+        record = Path(place.checkpoint).with_name("accuracy.json")
+        return f"read the answers in which no letter was found, those without `predicted` in {record}"
     if rule.rule == "starved_experts":
         share = place.recipe.calibration.tokens_per_scene
         return f"raise calibration.tokens_per_scene ({share}) or add scenes, then {place.again}"

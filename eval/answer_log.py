@@ -50,8 +50,8 @@ class AnswerLog:
         self._synced = time.monotonic()
 
     @classmethod
-    def open(cls, path: Path) -> "AnswerLog":
-        """Open the log, or begin it.
+    def open(cls, path: Path, *, fresh: bool = False) -> "AnswerLog":
+        """Open the log, or begin it; if `fresh`, anew.
 
         Raises:
             EvaluationError: another process writes it, or a line that is not the last one cannot be read.
@@ -64,6 +64,8 @@ class AnswerLog:
             file.close()
             raise EvaluationError(f"another process is asking, and writes {path}; wait for it to end") from None
         try:
+            if fresh:
+                file.truncate(0)
             return cls(path, file, _read(path, file))
         except EvaluationError:
             file.close()

@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 
 from lightship.errors import EvaluationError
-from lightship.eval.interval import loss_interval
-from lightship.eval.subjects import compare_subjects
+from lightship.eval.interval import deviations, loss_interval
+from lightship.eval.sequential import deviation_at
+from lightship.eval.subjects import CONFIDENCE, compare_subjects
 from lightship.records import Accuracy, AnsweredQuestion, Comparison
 
 
@@ -42,7 +43,8 @@ def compare(source: Accuracy, quantized: Accuracy, looks: Sequence[int] = (), pl
         )
     lost = [i for i, a in by_source.items() if a.correct and not by_quantized[i].correct]
     gained = [i for i, a in by_source.items() if not a.correct and by_quantized[i].correct]
-    low, high = loss_interval(len(lost), len(gained), len(by_source))
+    z = deviation_at(looks, planned or len(by_source), CONFIDENCE) if looks else deviations(CONFIDENCE)
+    low, high = loss_interval(len(lost), len(gained), len(by_source), z)
     return Comparison(
         questions=len(by_source),
         source_accuracy=source.accuracy,
@@ -53,7 +55,7 @@ def compare(source: Accuracy, quantized: Accuracy, looks: Sequence[int] = (), pl
         loss_low=low,
         loss_high=high,
         p_value=mcnemar_p_value(len(lost), len(gained)),
-        subjects=compare_subjects((a, by_quantized[i]) for i, a in by_source.items()),
+        subjects=compare_subjects([(a, by_quantized[i]) for i, a in by_source.items()], looks, planned),
         looks=list(looks),
         accuracy_at_looks=[
             (_share_correct(source.answers[:look]), _share_correct([by_quantized[i] for i in list(by_source)[:look]]))

@@ -4,13 +4,15 @@ lightship report RELEASE
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from lightship.errors import EvaluationError, LightshipError
 from lightship.eval.advice import Place, next_step
+from lightship.eval.losses import compare_with_champion
 from lightship.eval.measures import Evidence
 from lightship.eval.questions import Question, load_questions, read_questions
-from lightship.eval.receipt import Receipt, make_receipt, write_receipt
+from lightship.eval.receipt import JSON, MARKDOWN, Receipt, make_receipt, write_receipt
 from lightship.eval.report_data import ReportData
 from lightship.files import read_json
 from lightship.records import (
@@ -117,23 +119,28 @@ def read_receipt(directory: Path, verdict: Verdict) -> Receipt | None:
         return None
     release = read_json(directory / "release.json", ReleaseFile)
     place = place_of(directory, release)
-    steps = {rule.rule: next_step(rule, place) for rule in verdict.rules if rule.decision != "pass"}
+    not_met = [rule for rule in verdict.rules if rule.decision != "pass"]
+    steps = [next_step(rule, place) for rule in not_met]
     if not (directory / "comparison.json").is_file():
         return make_receipt(release.release_id, verdict, steps)
     measured = read_measured(directory)
-    return make_receipt(
-        release.release_id,
-        verdict,
-        steps,
-        measured.comparison,
-        measured.source,
-        measured.quantized,
-        _questions_if_there(release),
-    )
+    questions = _questions_if_there(release)
+    lost_against = {rule.against for rule in not_met if rule.rule in ("accuracy_loss", "subject_loss")}
+    if lost_against == {"champion"} and verdict.champion:
+        champion = read_champion(directory.parent.parent, verdict.champion, release.release_id)
+        assert champion is not None
+        with suppress(EvaluationError):  # they cannot be paired, which the rule says
+            comparison = compare_with_champion(champion, measured)
+            answers = comparison, champion.quantized, measured.quantized
+            return make_receipt(release.release_id, verdict, steps, *answers, questions, verdict.champion)
+    answers = measured.comparison, measured.source, measured.quantized
+    return make_receipt(release.release_id, verdict, steps, *answers, questions)
 
 
 def leave_receipt(directory: Path, verdict: Verdict) -> list[Path]:
     """Write why the release in `directory` did not pass; returns the files, none if it did."""
+    for old in (MARKDOWN, JSON):
+        (directory / old).unlink(missing_ok=True)
     receipt = read_receipt(directory, verdict)
     return write_receipt(directory, receipt) if receipt else []
 

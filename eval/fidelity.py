@@ -49,7 +49,7 @@ def measure_fidelities(
     import torch
 
     from lightship.causal_lm import load_causal_lm, load_tokenizer
-    from lightship.text import read_scenes
+    from lightship.text import digest_of_text, read_scenes
 
     started = time.monotonic()
     tokenizer = load_tokenizer(source)
@@ -63,7 +63,10 @@ def measure_fidelities(
             for path, of_model, s in zip(quantized, scenes, sums, strict=True):
                 of_model.append(_scene(scene, path, s))
     seconds = time.monotonic() - started
-    return [Fidelity(scenes=of_model, seconds=seconds) for of_model in scenes]
+    digest = digest_of_text(text.sources)
+    return [
+        Fidelity(scenes=of_model, seconds=seconds, text_digest=digest, activations=activations) for of_model in scenes
+    ]
 
 
 def _sums_of_scene(reference: Any, models: Sequence[Any], batches: "Iterable[torch.Tensor]") -> "list[torch.Tensor]":

@@ -7,7 +7,7 @@ import msgspec
 
 from lightship.errors import EvaluationError
 from lightship.eval.comparison import compare
-from lightship.eval.interval import ONE_QUESTION, deviations, loss_interval
+from lightship.eval.interval import ONE_QUESTION, loss_interval
 from lightship.eval.measures import Evidence, no_champion
 from lightship.eval.sequential import Judged, LossPolicy, deviation_at, judge_comparison
 from lightship.policy import Gate
@@ -60,7 +60,12 @@ def compare_with_champion(champion: Evidence, challenger: Evidence) -> Compariso
         answers = [a for a in accuracy.answers if a.question_id in both]
         return msgspec.structs.replace(accuracy, answers=answers)
 
-    return compare(shared(champion.quantized), shared(challenger.quantized), [len(both)], planned[0])
+    return compare(shared(champion.quantized), shared(challenger.quantized), _shorter(champion, challenger), planned[0])
+
+
+def _shorter(*releases: Evidence) -> list[int]:
+    """The looks of the one that was stopped first: both had answered the shared questions by then."""
+    return min((e.comparison.looks for e in releases), key=lambda looks: looks[-1])
 
 
 def _accuracy_loss(comparison: Comparison, limit: float, confidence: float, against: Against) -> RuleResult:
@@ -91,7 +96,7 @@ def missing(judged: Judged) -> str:
     """What an inconclusive judgement lacks."""
     if judged.more is None:
         return "it is so close to the limit that more questions will hardly settle it"
-    return f"needs about {rounded_up(judged.more):,} more questions"
+    return f"needs about {more_questions(judged.more)}"
 
 
 def arithmetic(judged: Judged) -> str:
@@ -125,7 +130,7 @@ def arithmetic(judged: Judged) -> str:
 def _extrapolation(judged: Judged, needed: int) -> list[str]:
     scale = needed / judged.answered
     b, c = judged.lost * scale, judged.gained * scale
-    low, high = loss_interval(b, c, needed, deviations(judged.confidence), ONE_QUESTION)
+    low, high = loss_interval(b, c, needed, judged.z_last, ONE_QUESTION)
     return [
         f"{_signed(judged.low)} <= {_signed(judged.limit)} < {_signed(judged.high)}: inconclusive",
         f"N is the least n at which the interval leaves the limit if the rates hold: b = {b:,.1f}, c = {c:,.1f} of "
@@ -195,6 +200,11 @@ def _signed(fraction: float) -> str:
 
 def _percent(fraction: float) -> str:
     return f"{round(100 * fraction, 6):g} %"
+
+
+def more_questions(count: int) -> str:
+    """`1,500 more questions`, of a number that is an estimate."""
+    return f"{rounded_up(count):,} more question{'s' if count > 1 else ''}"
 
 
 def rounded_up(count: int) -> int:

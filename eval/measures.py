@@ -148,7 +148,12 @@ def _questions(evidence: Evidence) -> object:
 
 
 def _texts(evidence: Evidence) -> object:
-    return [(scene.scene, scene.tokens) for scene in evidence.fidelity.scenes]
+    fidelity = evidence.fidelity
+    return fidelity.text_digest, fidelity.activations, [(scene.scene, scene.tokens) for scene in fidelity.scenes]
+
+
+def _calibrated_on(evidence: Evidence) -> object:
+    return evidence.calibration.text_digest, evidence.calibration.tokens, evidence.calibration.token_floor
 
 
 def _load(evidence: Evidence) -> object:
@@ -183,6 +188,7 @@ MEASURES = (
     Measure(
         "starved_experts", True, _starved, lambda _: 0.0, percent,
         lambda e, value: f"{value} of the experts saw fewer than {e.calibration.token_floor:,} calibration tokens",
+        conditions=_calibrated_on,
     ),
     Measure(
         "throughput_ratio", False, lambda e: e.throughput.ratio(_most(e)), lambda _: 1.0, _times,

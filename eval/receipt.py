@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lightship.eval.losses import rounded_up
+from lightship.eval.losses import more_questions
 from lightship.eval.questions import Question
 from lightship.files import write_json, write_text
 from lightship.records import Accuracy, AnsweredQuestion, Comparison, Decision, Record, RuleResult, Verdict
@@ -49,6 +49,8 @@ class Receipt(Record, frozen=True, kw_only=True):
     """Those that were not met."""
     lost: list[LostQuestion]
     lost_in_all: int
+    champion: str | None = None
+    """The release that was lost against, where that is not the source: it stands in the source's place."""
     next: list[str]
     """What to do, a line for each rule that was not met."""
 
@@ -56,24 +58,31 @@ class Receipt(Record, frozen=True, kw_only=True):
 def make_receipt(
     release_id: str,
     verdict: Verdict,
-    next_steps: Mapping[str, str],
+    next_steps: Sequence[str],
     comparison: Comparison | None = None,
     source: Accuracy | None = None,
     quantized: Accuracy | None = None,
     questions: Mapping[str, Question] | None = None,
+    champion: str | None = None,
 ) -> Receipt:
     """The receipt of a verdict that is not `pass`.
 
     Args:
-        next_steps: rule -> what to do about it.
-        comparison, source, quantized: absent if no question was asked.
+        next_steps: what to do, for each rule that was not met.
+        comparison, source, quantized: whose lost questions are shown; the champion's answers are in the source's place
+            where that is what was lost against. Absent if no question was asked.
         questions: by id.
+        champion: the release in the source's place, if it is there.
     """
     assert verdict.decision != "pass"
     not_met = [rule for rule in verdict.rules if rule.decision != "pass"]
     lost: list[LostQuestion] = []
     if comparison and source and quantized:
-        lost = lost_questions(comparison, source.answers, quantized.answers, questions or {})
+        ids: list[str] = comparison.lost
+        if any(rule.rule == "subject_loss" for rule in not_met):
+            of, p = {a.question_id: a.category for a in source.answers}, {s.subject: s for s in comparison.subjects}
+            ids = sorted(ids, key=lambda i: p[of[i]].p_adjusted)
+        lost = lost_questions(ids, source.answers, quantized.answers, questions or {})
     return Receipt(
         release_id=release_id,
         decision=verdict.decision,
@@ -81,12 +90,13 @@ def make_receipt(
         rules=not_met,
         lost=lost,
         lost_in_all=len(comparison.lost) if comparison else 0,
-        next=list(dict.fromkeys(next_steps[rule.rule] for rule in not_met)),
+        champion=champion,
+        next=list(dict.fromkeys(next_steps)),
     )
 
 
 def lost_questions(
-    comparison: Comparison,
+    lost: Sequence[str],
     source: Sequence[AnsweredQuestion],
     quantized: Sequence[AnsweredQuestion],
     questions: Mapping[str, Question],
@@ -105,7 +115,7 @@ def lost_questions(
             quantized_tail=after[i].text[-TAIL:],
             quantized_truncated=after[i].truncated,
         )
-        for i in comparison.lost[:MOST_LOST]
+        for i in lost[:MOST_LOST]
     ]
 
 
@@ -127,7 +137,7 @@ def write_receipt(directory: Path, receipt: Receipt) -> list[Path]:
 def headline(receipt: Receipt) -> str:
     """The verdict in a line: `inconclusive: needs about 1,500 more questions`."""
     if receipt.decision == "inconclusive" and receipt.more_questions is not None:
-        return f"inconclusive: needs about {rounded_up(receipt.more_questions):,} more questions"
+        return f"inconclusive: needs about {more_questions(receipt.more_questions)}"
     return f"{receipt.decision}: {', '.join(dict.fromkeys(rule.rule for rule in receipt.rules))}"
 
 
@@ -142,13 +152,14 @@ def markdown(receipt: Receipt) -> str:
             parts.append(_fenced(rule.arithmetic))
     if receipt.lost:
         parts.append(f"## Questions lost: {len(receipt.lost)} of {receipt.lost_in_all}")
+    whose = f"Champion {receipt.champion}" if receipt.champion else "Source"
     for lost in receipt.lost:
         cut = ", cut by the token limit" if lost.quantized_truncated else ""
         parts += [
             f"### {lost.question_id}, {lost.subject}",
             _fenced(lost.question),
-            f"Right: {lost.answer}. Source: {lost.source or 'none'}. Quantized: {lost.quantized or 'none'}{cut}.",
-            f"The end of the source's text:\n\n{_fenced(lost.source_tail)}",
+            f"Right: {lost.answer}. {whose}: {lost.source or 'none'}. Quantized: {lost.quantized or 'none'}{cut}.",
+            f"The end of its text:\n\n{_fenced(lost.source_tail)}",
             f"The end of the quantized model's text:\n\n{_fenced(lost.quantized_tail)}",
         ]
     parts.append("## Next\n\n" + "\n".join(f"- {step}" for step in receipt.next))
@@ -165,7 +176,8 @@ def terminal(receipt: Receipt) -> str:
         lines.append(f"  lost, {len(receipt.lost)} of {receipt.lost_in_all}:")
     for lost in receipt.lost:
         first = lost.question.splitlines()[0][:SHORT]
-        answers = f"right {lost.answer}, source {lost.source or 'none'}, quantized {lost.quantized or 'none'}"
+        whose = "champion" if receipt.champion else "source"
+        answers = f"right {lost.answer}, {whose} {lost.source or 'none'}, quantized {lost.quantized or 'none'}"
         lines += [f"      {lost.question_id} ({lost.subject}): {answers}: {first}"]
     return "\n".join([*lines, "  next:", *(f"      {step}" for step in receipt.next)])
 

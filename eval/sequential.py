@@ -34,6 +34,8 @@ class Judged(msgspec.Struct, frozen=True, kw_only=True):
     confidence: float
     z: float
     """Standard deviations of the interval at this look."""
+    z_last: float
+    """And at the last one that is planned."""
     low: float
     high: float
     needed: int | None
@@ -71,6 +73,7 @@ def judge(
     """
     answered = looks[-1]
     z = deviation_at(looks, planned, policy.confidence)
+    z_last = z if answered == planned else deviation_at([*looks, planned], planned, policy.confidence)
     low, high = loss_interval(lost, gained, answered, z, ONE_QUESTION)
     step: Step
     if high <= policy.limit:
@@ -81,7 +84,7 @@ def judge(
         step = "inconclusive" if (answered == planned if last is None else last) else "continue"
     needed = None
     if step not in ("pass", "fail"):
-        needed = questions_needed(lost, gained, answered, policy.limit, deviations(policy.confidence))
+        needed = questions_needed(lost, gained, answered, policy.limit, z_last)
     return Judged(
         step=step,
         lost=lost,
@@ -91,6 +94,7 @@ def judge(
         limit=policy.limit,
         confidence=policy.confidence,
         z=z,
+        z_last=z_last,
         low=low,
         high=high,
         needed=needed,

@@ -39,22 +39,29 @@ def evaluate_until_settled(
         EvaluationError: as `accuracy.evaluate`.
     """
     drawn = draw(all_questions(task).test, task.limit, task.seed)
-    without_tasks = msgspec.structs.replace(task, tasks=[])
+    models = _Asked(*source, task), _Asked(*quantized, task)
+    staged = evaluate_in_stages(drawn, task.stages, task.seed, models[0].ask, models[1].ask, policy, on_look)
+    # The answers that were judged are those that are kept.
+    return models[0].record(staged.source), models[1].record(staged.quantized)
 
-    def asking(endpoint: Endpoint, work: Path) -> Callable[[list[Question]], list[AnsweredQuestion]]:
-        def ask(stage: list[Question]) -> list[AnsweredQuestion]:
-            return evaluate(endpoint, without_tasks, work, {q.question_id for q in stage}).answers
 
-        return ask
+class _Asked:
+    """One model, and what was recorded of it stage by stage."""
 
-    staged = evaluate_in_stages(drawn, task.stages, task.seed, asking(*source), asking(*quantized), policy, on_look)
-    answered = {a.question_id for a in staged.source}
-    asked = {q.question_id for q in drawn if str(q.question_id) in answered}
-    before, after = (evaluate(endpoint, task, work, asked) for endpoint, work in (source, quantized))
-    return (
-        msgspec.structs.replace(before, answers=staged.source),
-        msgspec.structs.replace(after, answers=staged.quantized),
-    )
+    def __init__(self, endpoint: Endpoint, work: Path, task: AccuracyTask) -> None:
+        self.endpoint, self.work, self.task = endpoint, work, task
+        self.stages: list[Accuracy] = []
+
+    def ask(self, stage: list[Question]) -> list[AnsweredQuestion]:
+        task = msgspec.structs.replace(self.task, tasks=[])
+        self.stages.append(evaluate(self.endpoint, task, self.work, {q.question_id for q in stage}))
+        return self.stages[-1].answers
+
+    def record(self, answers: list[AnsweredQuestion]) -> Accuracy:
+        last, tasks = self.stages[-1], self.task.tasks
+        further = evaluate(self.endpoint, self.task, self.work, []).tasks if tasks else []
+        seconds = sum(stage.seconds for stage in self.stages)
+        return msgspec.structs.replace(last, answers=answers, tasks=further, seconds=seconds)
 
 
 def looks_of(accuracy: Accuracy, task: AccuracyTask) -> list[int]:

@@ -10,17 +10,25 @@ Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from lightship.eval.interval import deviations, loss_interval
+from lightship.eval.sequential import deviation_at
 from lightship.records import AnsweredQuestion, SubjectLoss
 
 CONFIDENCE = 0.95
 """Of all subjects' intervals together."""
 
 
-def compare_subjects(pairs: Iterable[tuple[AnsweredQuestion, AnsweredQuestion]]) -> list[SubjectLoss]:
-    """The loss of each subject, by name; the intervals hold for all subjects at once (Bonferroni)."""
+def compare_subjects(
+    pairs: Sequence[tuple[AnsweredQuestion, AnsweredQuestion]], looks: Sequence[int] = (), planned: int | None = None
+) -> list[SubjectLoss]:
+    """The loss of each subject, by name; the intervals hold for all subjects at once (Bonferroni).
+
+    Args:
+        looks, planned: as in `comparison.compare`; a stage holds subjects in their shares, so that each has been looked
+            at as far as the whole.
+    """
     by_subject: dict[str, list[tuple[bool, bool]]] = {}
     for before, after in pairs:
         by_subject.setdefault(before.category, []).append((before.correct, after.correct))
@@ -28,7 +36,8 @@ def compare_subjects(pairs: Iterable[tuple[AnsweredQuestion, AnsweredQuestion]])
     lost = [sum(a and not b for a, b in by_subject[s]) for s in subjects]
     gained = [sum(b and not a for a, b in by_subject[s]) for s in subjects]
     p_values = [worse_p_value(b, c) for b, c in zip(lost, gained, strict=True)]
-    z = deviations(1 - (1 - CONFIDENCE) / max(len(subjects), 1))
+    together = 1 - (1 - CONFIDENCE) / max(len(subjects), 1)
+    z = deviation_at(looks, planned or len(pairs), together) if looks else deviations(together)
     found = []
     for subject, b, c, p, adjusted in zip(subjects, lost, gained, p_values, holm(p_values), strict=True):
         questions = len(by_subject[subject])

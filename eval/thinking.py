@@ -49,6 +49,8 @@ def read_reasoning(text: str, thinking: str | None, finish: str | None, stops: l
     answer = answer.lstrip() if ended else text
     if thinking and not answer.strip():
         return Reply("", True)
+    whole = answer
     for stop in filter(None, stops):
         answer = answer.partition(stop)[0]
-    return Reply(answer, cut)
+    # A server that knew the stop texts would have ended there, whatever it says of what came after.
+    return Reply(answer, cut and answer == whole)

@@ -6,7 +6,8 @@ from lightship.checkpoint import Checkpoint
 from lightship.errors import LightshipError
 from lightship.eval.load.traces import read_trace
 from lightship.eval.questions import read_questions
-from lightship.eval.tasks import check_tasks
+from lightship.eval.tasks import check_subjects, check_tasks
+from lightship.quant.capacity import GPUS
 from lightship.quant.plan import plan_quantization
 from lightship.recipe import load_recipe
 from lightship.release import digest_of_questions
@@ -43,5 +44,10 @@ def check_inputs(source: Path, recipe_path: Path) -> None:
     digest_of_text([*recipe.calibration.sources, *recipe.fidelity.sources])
     digest_of_questions(recipe.accuracy)
     if recipe.accuracy.questions is not None:
-        read_questions(Path(recipe.accuracy.questions))
+        check_subjects(recipe.accuracy.task_name, read_questions(Path(recipe.accuracy.questions)))
+    fit = recipe.gate.fit
+    if fit is not None and not any(gpu.startswith(fit.gpu) for gpu in GPUS):
+        raise LightshipError(
+            f"the recipe {recipe_path}: gate.fit.gpu {fit.gpu!r} is none that is known: {', '.join(GPUS)}"
+        )
     check_tasks(recipe.accuracy)

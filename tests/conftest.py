@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from lightship.checkpoint import Checkpoint
 from lightship.quant.plan import plan_quantization
@@ -31,6 +32,9 @@ from lightship.quant.quantize import quantize
 from lightship.recipe import CalibrationText, Quantization, TextSource
 from lightship.records import Quantized
 from tests.tiny import write_fp8_checkpoint
+
+settings.register_profile("busy", deadline=None)
+settings.load_profile("busy")  # how long an example takes depends on what else the machine does
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "demo" / "checkpoint"

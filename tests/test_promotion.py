@@ -134,3 +134,17 @@ def test_another_manifest_than_the_evaluated_one_is_refused(directory: Path, tra
 def test_an_unfinished_release_is_refused(tmp_path: Path, tracker: Tracker) -> None:
     with pytest.raises(PromotionError, match="release none is unfinished"):
         promote(tmp_path / "none", "m", tracker)
+
+
+def test_a_release_judged_against_another_champion_than_todays_is_refused(
+    directory: Path, model: str, tracker: Tracker
+) -> None:
+    compared = RuleResult(
+        rule="kl", decision="pass", value="0.1", limit="0.1", explanation="as good", against="champion"
+    )
+    write_json(directory / "verdict.json", Verdict(decision="pass", rules=[compared], champion="yesterdays"))
+    with pytest.raises(PromotionError, match="judged against yesterdays"):
+        promote(directory, model, tracker)
+    assert tracker.champion(model) is None
+    write_json(directory / "verdict.json", Verdict(decision="pass", rules=[compared], champion=None))
+    assert promote(directory, model, tracker).version == tracker.champion(model)

@@ -3,6 +3,7 @@
 lightship decide RELEASE --policy FILE
 """
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -105,10 +106,22 @@ class Gate(Section, frozen=True, kw_only=True):
 
 
 RULES_WITH_LIMITS = tuple(name for name in Gate.__struct_fields__ if name not in ("confidence", "fit"))
+FRACTIONS = frozenset(
+    ("accuracy_loss", "subject_loss", "top1_agreement", "truncated", "unparsed", "starved_experts", "experts_shrink")
+)
 
 
 def check_gate(gate: Gate) -> None:
-    """Refuse a gate that would promote any model; the champion alone is no measure, since the first has none."""
+    """Refuse limits that nothing can exceed or meet, and a gate that would promote any model.
+
+    The champion alone is no measure, since the first has none.
+    """
+    for rule in RULES_WITH_LIMITS:
+        most = 1 if rule in FRACTIONS else math.inf
+        for _, limit in gate.limits(rule):
+            if not 0 <= limit <= most or math.isinf(limit):
+                ends = "from 0 to 1" if most == 1 else "0 or more, and finite"
+                raise ValueError(f"the gate's {rule} has a limit of {limit:g}; it must be {ends}")
     if all(against == "champion" for rule in ("accuracy_loss", "kl") for against, _ in gate.limits(rule)):
         raise ValueError("the gate needs accuracy_loss or kl: without one it would promote any model")
 

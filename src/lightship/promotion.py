@@ -52,6 +52,14 @@ def promote(directory: Path, model: str, tracker: Tracker, signature: Signature 
             f"{directory.name} is not promoted, its verdict is {summary.sentence(verdict)} See "
             f"{directory / 'why-not.md'}; a person may promote it by --override --by NAME --reason TEXT"
         )
+    champion = tracker.champion_release(model)
+    compared = any(rule.against == "champion" for rule in verdict.rules)
+    if compared and champion not in (verdict.champion, directory.name) and signature is None:
+        raise PromotionError(
+            f"{directory.name} is not promoted: it was judged against {verdict.champion or 'no champion'}, and "
+            f"{champion} is champion now; `lightship decide {directory.name}` shows how they compare, and without "
+            f"{directory / 'verdict.json'} `lightship release` judges it again"
+        )
     checkpoint = directory / "checkpoint"
     check_files(checkpoint)
     staged = read_json(directory / "staged.json", Staged)

@@ -460,6 +460,10 @@ class Fidelity(Record, frozen=True, kw_only=True):
 
     scenes: list[SceneFidelity]
     seconds: float
+    text_digest: str = ""
+    """SHA-256 of the text's rows."""
+    activations: str = "dynamic"
+    """How the quantized model's were rounded to FP8."""
 
     @property
     def kl(self) -> float:

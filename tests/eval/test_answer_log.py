@@ -73,3 +73,15 @@ def test_a_full_disk_is_said_and_the_answers_before_are_kept(tmp_path: Path, mon
     monkeypatch.undo()
     with AnswerLog.open(path) as log:
         assert (len(log), log.get("a")) == (1, answer("a"))
+
+
+def test_a_fresh_log_forgets_but_not_while_another_writes(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with AnswerLog.open(path) as log:
+        log.add(LoggedAnswer(key="a", prompt="p", text="x"))
+        with pytest.raises(EvaluationError, match="another process"):
+            AnswerLog.open(path, fresh=True)
+    assert path.read_bytes()
+    with AnswerLog.open(path, fresh=True) as log:
+        assert log.get("a") is None
+    assert not path.read_bytes()

@@ -12,7 +12,9 @@ from lightship.eval.comparison import mcnemar_p_value
 from lightship.eval.gate import decide
 from lightship.eval.interval import loss_interval
 from lightship.eval.measures import Evidence
-from lightship.policy import AtLeast, AtMost, Gate, GpuFit
+from lightship.eval.sequential import LossPolicy
+from lightship.eval.sequential import judge as judge_counts
+from lightship.policy import AtLeast, AtMost, Gate, GpuFit, check_gate
 from lightship.records import AnsweredQuestion, Comparison, RuleResult, Verdict
 from tests.eval.release import GATE, accuracy, calibration, evidence, fidelity, plan, throughput, verification
 
@@ -274,3 +276,38 @@ def test_the_overall_decision_is_the_worst_of_the_rules(loss: float, kl: float, 
     verdict = judge(Gate(accuracy_loss=loss, kl=kl, throughput_ratio=ratio, experts_shrink=shrink))
     assert verdict.decision == min((r.decision for r in verdict.rules), key=RANK.__getitem__)
     assert all(r.explanation.endswith(".") and r.value and r.limit for r in verdict.rules)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [{"accuracy_loss": AtMost(at_most=5)}, {"accuracy_loss": 0.01, "top1_agreement": AtLeast(at_least=-3)}]
+    + [{"kl": AtMost(at_most=limit)} for limit in (float("nan"), -1, float("inf"))]
+    + [{"kl": float("nan")}],
+)
+def test_a_limit_that_cannot_be_meant_is_refused_in_a_table_as_it_is_alone(gate: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"the gate's {list(gate)[-1]} has a limit of"):
+        check_gate(Gate(**gate))
+
+
+@pytest.mark.parametrize("rule_name", ["kl", "kl_worst_scene", "top1_agreement"])
+def test_measures_on_other_text_than_the_champions_decide_nothing(rule_name: str) -> None:
+    limits = AtLeast(under_champion=0.1) if rule_name == "top1_agreement" else AtMost(over_champion=0.1)
+    other = replace(GOOD, fidelity=msgspec.structs.replace(GOOD.fidelity, text_digest="other text"))
+    assert rule(rule_name, Gate(**{rule_name: limits}), champion=GOOD).decision == "pass"
+    assert rule(rule_name, Gate(**{rule_name: limits}), champion=other).decision == "inconclusive"
+
+
+def test_starved_experts_are_counted_on_the_same_calibration_or_decide_nothing() -> None:
+    other = replace(GOOD, calibration=msgspec.structs.replace(GOOD.calibration, token_floor=1))
+    gate = Gate(starved_experts=AtMost(over_champion=0.0))
+    assert rule("starved_experts", gate, champion=GOOD).decision == "pass"
+    assert rule("starved_experts", gate, champion=other).decision == "inconclusive"
+
+
+def test_after_stages_as_many_questions_are_asked_for_as_will_settle_it() -> None:
+    looks = [100, 200, 300, 400]
+    judged = judge_counts(2, 1, looks, 400, LossPolicy(0.02))
+    assert judged.needed is not None
+    again = [*looks[:-1], judged.needed]
+    b, c = (round(count * judged.needed / 400) for count in (2, 1))
+    assert judge_counts(b, c, again, judged.needed, LossPolicy(0.02)).step == "pass"

@@ -30,7 +30,7 @@ def receipt(lost: int = 60, questions: int = 200, gate: Gate = GATE, text: str =
     before, after = accuracy([True] * questions, text=text), accuracy([i >= lost for i in range(questions)], text=text)
     measured = evidence(source=before, quantized=after)
     verdict = decide(gate, measured)
-    steps = {rule.rule: next_step(rule, PLACE) for rule in verdict.rules if rule.decision != "pass"}
+    steps = [next_step(rule, PLACE) for rule in verdict.rules if rule.decision != "pass"]
     question = Question(
         question_id=0, question="What comes next: 17 20 25 32?", options=["44", "41"], answer="B", cot_content="",
         category="sequences",
@@ -96,8 +96,7 @@ def test_questions_that_are_no_longer_there_are_named_by_id() -> None:
     before, after = accuracy([True] * 100), accuracy([False] * 100)
     measured = evidence(source=before, quantized=after)
     verdict = decide(GATE, measured)
-    steps = dict.fromkeys(RULES, "x")
-    made = make_receipt("r", verdict, steps, measured.comparison, before, after)
+    made = make_receipt("r", verdict, ["x"], measured.comparison, before, after)
     assert made.lost[0].question == "question 0"
 
 

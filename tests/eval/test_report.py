@@ -158,7 +158,7 @@ def test_bytes_are_said_in_the_unit_that_fits(count: int, said: str) -> None:
 
 def test_the_page_says_why_not_with_the_arithmetic_and_what_to_do(tmp_path: Path) -> None:
     data = release(losing=0.2)
-    steps = {rule.rule: "do <this>" for rule in data.verdict.rules}
+    steps = ["do <this>"]
     receipt = make_receipt(
         data.release_id, data.verdict, steps, data.comparison, data.source_accuracy, data.quantized_accuracy
     )

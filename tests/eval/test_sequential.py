@@ -73,7 +73,7 @@ def simulate(
     releases: int = 4000,
 ) -> tuple[float, float, float]:
     """Fractions of releases that pass and that fail, and the mean number of questions asked."""
-    rng, releases = np.random.default_rng(7), 4000
+    rng = np.random.default_rng(7)
     p_lost, p_gained = (discordance + loss) / 2, (discordance - loss) / 2
     lost, gained = np.zeros(releases), np.zeros(releases)
     open_, passed, failed, asked = np.ones(releases, bool), 0, 0, 0

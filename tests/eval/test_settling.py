@@ -83,3 +83,23 @@ def test_releases_that_stopped_at_different_looks_were_asked_under_the_same_sett
         passed, _, _ = ask(source, source, task_of(questions), tmp_path / "a")
         failed, _, _ = ask(source, damaged, task_of(questions), tmp_path / "b")
     assert passed.overrides == failed.overrides
+
+
+def test_what_is_kept_are_the_answers_that_were_judged_also_of_questions_worded_alike(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    questions = questions_in(tmp_path)
+    rows = [json.loads(line) for line in (questions / "test.jsonl").read_bytes().splitlines()]
+    twins = [r | {"question": f"Twin {n // 2}?"} for n, r in enumerate(rows)]
+    (questions / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in twins))
+    said = iter(range(10**6))
+
+    def unsteady(_: str) -> Reply:
+        return f"The answer is ({'ABCDEFGHIJ'[next(said) % 10]}).", "stop"
+
+    with serving(tokenizer, unsteady) as source, serving(tokenizer, unsteady) as quantized:
+        before, after, looks = ask(source, quantized, task_of(questions), tmp_path)
+        asked = len(source.prompts)
+    found = compare(before, after, looks_of(before, task_of(questions)), before.planned)
+    assert (len(found.lost), len(found.gained)) == (looks[-1].lost, looks[-1].gained)
+    assert asked <= looks[-1].answered, "nothing is asked once it is settled"

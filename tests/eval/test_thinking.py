@@ -44,3 +44,9 @@ def test_a_model_that_answers_at_once_is_read_whole() -> None:
 
 def test_the_text_of_a_model_that_does_not_reason_is_untouched() -> None:
     assert read_plain("<think>(B)</think> (C)", "length") == ("<think>(B)</think> (C)", True)
+
+
+def test_an_answer_that_ended_before_the_limit_cut_what_came_after_is_whole() -> None:
+    text = "<think>B? No.</think>The answer is (C).\n\nQuestion: and so on"
+    assert read_reasoning(text, None, "length", ["Question:"]) == ("The answer is (C).\n\n", False)
+    assert read_reasoning(text, None, "length", ["Never:"]).truncated

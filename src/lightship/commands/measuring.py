@@ -103,15 +103,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.limit:
         task = msgspec.structs.replace(task, limit=arguments.limit)
     work = evaluation_directory(arguments.home, arguments.target, recipe)
-    if arguments.fresh:
-        (work / ANSWERS).unlink(missing_ok=True)
     key = read_api_key(arguments.api_key_file)
     tokenizer = arguments.tokenizer or (Path() if task.api == "chat" else None)
     with (
         tempfile.TemporaryDirectory() as logs,
         _served(recipe, Path(logs), tokenizer, arguments.target, key=key, model=arguments.model) as (endpoint,),
     ):
-        accuracy = evaluate(endpoint, task, work)
+        accuracy = evaluate(endpoint, task, work, fresh=arguments.fresh)
     show(accuracy_table(accuracy))
     if accuracy.tasks:
         print()
