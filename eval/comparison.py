@@ -14,7 +14,7 @@ from lightship.errors import EvaluationError
 from lightship.eval.interval import deviations, loss_interval
 from lightship.eval.sequential import deviation_at
 from lightship.eval.subjects import CONFIDENCE, compare_subjects
-from lightship.records import Accuracy, Comparison
+from lightship.records import Accuracy, AnsweredQuestion, Comparison
 
 
 def compare(source: Accuracy, quantized: Accuracy, looks: Sequence[int] = (), planned: int | None = None) -> Comparison:
@@ -22,6 +22,7 @@ def compare(source: Accuracy, quantized: Accuracy, looks: Sequence[int] = (), pl
 
     Args:
         looks: if the questions were asked in stages, how many were answered at each look; the last is all that were.
+            The source's answers are then in the order in which they were asked.
         planned: how many would have been asked in all.
 
     Raises:
@@ -56,8 +57,16 @@ def compare(source: Accuracy, quantized: Accuracy, looks: Sequence[int] = (), pl
         p_value=mcnemar_p_value(len(lost), len(gained)),
         subjects=compare_subjects([(a, by_quantized[i]) for i, a in by_source.items()], looks, planned),
         looks=list(looks),
+        accuracy_at_looks=[
+            (_share_correct(source.answers[:look]), _share_correct([by_quantized[i] for i in list(by_source)[:look]]))
+            for look in looks
+        ],
         planned=planned,
     )
+
+
+def _share_correct(answers: Sequence[AnsweredQuestion]) -> float:
+    return sum(a.correct for a in answers) / len(answers)
 
 
 def mcnemar_p_value(lost: int, gained: int) -> float:

@@ -13,7 +13,7 @@ from lightship.eval.losses import compare_with_champion
 from lightship.eval.measures import Evidence
 from lightship.eval.questions import Question, load_questions, read_questions
 from lightship.eval.receipt import JSON, MARKDOWN, Receipt, make_receipt, write_receipt
-from lightship.eval.report import ReportData
+from lightship.eval.report_data import ReportData
 from lightship.files import read_json
 from lightship.records import (
     Accuracy,

@@ -7,33 +7,21 @@ a model wrote is escaped.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from lightship.eval import plots
-from lightship.eval.questions import Question
+from lightship.eval.drawing import human_bytes, significant
 from lightship.eval.receipt import Receipt, headline
+from lightship.eval.report_answers import lost_questions, same_model
+from lightship.eval.report_checkpoint import calibration_coverage, size_and_rounding
+from lightship.eval.report_data import ReportData
+from lightship.eval.report_parts import change, percent, points, row
+from lightship.eval.report_speed import speed
 from lightship.eval.report_style import CSS
 from lightship.files import write_text
-from lightship.records import (
-    Accuracy,
-    Agreement,
-    AnsweredQuestion,
-    Calibration,
-    Comparison,
-    Fidelity,
-    Plan,
-    Quantized,
-    Staged,
-    Throughput,
-    Verdict,
-    Verification,
-)
+from lightship.records import Accuracy, Verdict
 
-MOST_LOST = 10
-"""Lost questions shown in full."""
 HEADLINES = {
     "pass": "Pass: this release may be promoted",
     "fail": "Fail: this release must not be promoted",
@@ -59,39 +47,6 @@ AGAINST = {"limit": "", "source": ", against the source", "champion": ", against
 SYMBOLS = {"pass": "✓ pass", "warn": "! warn", "fail": "✗ fail", "inconclusive": "? inconclusive"}
 
 
-@dataclass(frozen=True)
-class ReportData:
-    """Everything that a report shows: the records of one release."""
-
-    release_id: str
-    model: str
-    """The registered model's name."""
-    recipe: str
-    """Path of the recipe."""
-    source: str
-    """Where the source came from: a path, or repository@commit."""
-    source_digest: str
-    plan: Plan
-    calibration: Calibration
-    quantized: Quantized
-    verification: Verification
-    staged: Staged
-    source_accuracy: Accuracy
-    quantized_accuracy: Accuracy
-    agreement: Agreement
-    comparison: Comparison
-    fidelity: Fidelity
-    throughput: Throughput
-    verdict: Verdict
-    versions: Mapping[str, str]
-    """Program -> version, lightship's own included."""
-    next_commands: list[str]
-    questions: Mapping[str, Question] = field(default_factory=dict)
-    """Questions by id, to show the lost ones with their text."""
-    receipt: Receipt | None = None
-    """Why not, if the release did not pass."""
-
-
 def write_report(path: Path, release: ReportData) -> None:
     """Write the release's report to `path`, one self-contained HTML file."""
     body = "".join(
@@ -100,11 +55,11 @@ def write_report(path: Path, release: ReportData) -> None:
             _summary(release),
             _gate(release.verdict),
             _why_not(release.receipt),
-            _same_model(release),
-            _size(release),
-            _calibration(release),
-            _speed(release.throughput),
-            _lost(release),
+            same_model(release),
+            size_and_rounding(release),
+            calibration_coverage(release),
+            speed(release.throughput),
+            lost_questions(release),
             _identity(release),
         ]
     )
@@ -138,45 +93,51 @@ def _summary(release: ReportData) -> str:
     most = max(throughput.concurrencies)
     before, after = throughput.load("source", most), throughput.load("quantized", most)
     rows = [
-        _row(
+        row(
             "Checkpoint",
-            plots.human_bytes(plan.bytes_before),
-            plots.human_bytes(plan.bytes_after),
-            _change(plan.bytes_before, plan.bytes_after),
+            human_bytes(plan.bytes_before),
+            human_bytes(plan.bytes_after),
+            change(plan.bytes_before, plan.bytes_after),
         ),
-        _row(
+        row(
             "Routed experts",
-            plots.human_bytes(plan.experts_before),
-            plots.human_bytes(plan.experts_after),
-            _change(plan.experts_before, plan.experts_after),
+            human_bytes(plan.experts_before),
+            human_bytes(plan.experts_after),
+            change(plan.experts_before, plan.experts_after),
         ),
-        _row(
+        row(
             f"Accuracy<small>{escape(source.task)}, {comparison.questions:,} questions</small>",
-            _percent(comparison.source_accuracy),
-            _percent(comparison.quantized_accuracy),
-            f"{_points(0.0 - comparison.loss)} points<small>95 %: {_points(-comparison.loss_high)} to "
-            f"{_points(-comparison.loss_low)}; p = {comparison.p_value:.2g}</small>",
+            percent(comparison.source_accuracy),
+            percent(comparison.quantized_accuracy),
+            f"{points(0.0 - comparison.loss)} points<small>95 %: {points(-comparison.loss_high)} to "
+            f"{points(-comparison.loss_low)}; p = {comparison.p_value:.2g}</small>",
         ),
         *_further_tasks(source, quantized),
-        _row("Answers cut by the token limit", _percent(source.truncated), _percent(quantized.truncated), ""),
-        _row("Answers without a readable letter", _percent(source.unparsed), _percent(quantized.unparsed), ""),
-        _row(
+        row(
+            "Same answer<small>right or wrong, greedily decoded</small>",
+            "",
+            percent(release.agreement.same_answer),
+            f"{percent(release.agreement.same_text)}<small>the same text</small>",
+        ),
+        row("Answers cut by the token limit", percent(source.truncated), percent(quantized.truncated), ""),
+        row("Answers without a readable letter", percent(source.unparsed), percent(quantized.unparsed), ""),
+        row(
             "Perplexity<small>held-out text</small>",
             f"{_over_all_tokens((s.perplexity_source, s.tokens) for s in fidelity.scenes):.3f}",
             f"{_over_all_tokens((s.perplexity_quantized, s.tokens) for s in fidelity.scenes):.3f}",
-            f"KL {fidelity.kl:.4f} nats<small>same top token {_percent(fidelity.top1_agreement)}</small>",
+            f"KL {fidelity.kl:.4f} nats<small>same top token {percent(fidelity.top1_agreement)}</small>",
         ),
-        _row(
+        row(
             f"Queries per minute<small>{most} in flight</small>",
-            plots.significant(before.queries_per_minute),
-            plots.significant(after.queries_per_minute),
+            significant(before.queries_per_minute),
+            significant(after.queries_per_minute),
             f"{throughput.ratio(most):.2f}×",
         ),
-        _row(
+        row(
             f"Time to first token, median<small>{most} in flight</small>",
-            f"{plots.significant(before.time_to_first_token_ms.p50)} ms",
-            f"{plots.significant(after.time_to_first_token_ms.p50)} ms",
-            _change(before.time_to_first_token_ms.p50, after.time_to_first_token_ms.p50),
+            f"{significant(before.time_to_first_token_ms.p50)} ms",
+            f"{significant(after.time_to_first_token_ms.p50)} ms",
+            change(before.time_to_first_token_ms.p50, after.time_to_first_token_ms.p50),
         ),
     ]
     head = '<tr><th></th><th class="num">Source</th><th class="num">Quantized</th><th class="num">Change</th></tr>'
@@ -186,11 +147,11 @@ def _summary(release: ReportData) -> str:
 def _further_tasks(source: Accuracy, quantized: Accuracy) -> list[str]:
     after = {task.task: task.metrics for task in quantized.tasks}
     return [
-        _row(
+        row(
             f"{escape(task.task)}<small>{escape(metric)}, {len(task.samples):,} documents</small>",
-            _percent(value),
-            _percent(after[task.task][metric]),
-            f"{_points(after[task.task][metric] - value)} points",
+            percent(value),
+            percent(after[task.task][metric]),
+            f"{points(after[task.task][metric] - value)} points",
         )
         for task in source.tasks
         for metric, value in task.metrics.items()
@@ -219,176 +180,6 @@ def _why_not(receipt: Receipt | None) -> str:
     )
     steps = "".join(f"<li>{escape(step)}</li>" for step in receipt.next)
     return f"<h2>Why not</h2><p>{escape(headline(receipt))}.</p>{rules}<h3>Next</h3><ul>{steps}</ul>"
-
-
-def _same_model(release: ReportData) -> str:
-    c, a = release.comparison, release.agreement
-    return (
-        "<h2>Is it still the same model?</h2>"
-        f"<p>Both models answered the same {c.questions:,} questions. {len(c.lost)} got the right answer from the "
-        f"source only, {len(c.gained)} from the quantized one only; on the other "
-        f"{c.questions - len(c.lost) - len(c.gained):,} both are right or both are wrong.</p>"
-        f"<p>Both decode greedily. They gave the same answer to {_percent(a.same_answer)} of the questions, right or "
-        f"wrong, and the same text to {_percent(a.same_text)}; on average the texts part after {a.common_prefix:,.0f} "
-        f"characters, {_percent(a.common_share)} of the longer one.</p>"
-        + _figure(
-            "Accuracy by category",
-            plots.accuracy_by_category(release.source_accuracy, release.quantized_accuracy),
-            "In brackets, the questions asked; the axis may start above zero. The intervals are of each model alone; "
-            "the comparison above is paired, which sees smaller differences than overlapping intervals suggest.",
-        )
-        + _subjects(c)
-        + _figure(
-            "Divergence on held-out text",
-            plots.kl_by_scene(release.fidelity),
-            f"{sum(s.tokens for s in release.fidelity.scenes):,} tokens of held-out text. Zero would be "
-            "the identical model; the measure says how far apart the two are, not which one is better.",
-        )
-    )
-
-
-def _subjects(comparison: Comparison) -> str:
-    rows = "".join(
-        f'<tr><td>{escape(s.subject)}</td><td class="num">{s.questions:,}</td><td class="num">{s.lost}</td>'
-        f'<td class="num">{s.gained}</td><td class="num">{_points(s.loss)}<small>{_points(s.loss_low)} to '
-        f'{_points(s.loss_high)}</small></td><td class="num">{s.p_value:.2g}</td>'
-        f'<td class="num">{s.p_adjusted:.2g}</td></tr>'
-        for s in comparison.subjects
-    )
-    heads = ("Questions", "Lost", "Gained", "Loss, points", "p", "p, Holm")
-    head = f"<tr><th>Subject</th>{''.join(f'<th class=num>{h}</th>' for h in heads)}</tr>"
-    return (
-        f'<h3>Loss by subject, paired</h3><div class="scroll"><table>{head}{rows}</table></div><p class="note">The '
-        "intervals of all subjects hold together at 95 %. p is of the exact one-sided McNemar test that the subject is "
-        "not worse; adjusted by Holm for their number, 0.05 or less says that it is.</p>"
-    )
-
-
-def _size(release: ReportData) -> str:
-    return (
-        "<h2>Size and rounding</h2>"
-        + _figure(
-            "Where the bytes are",
-            plots.bytes_before_after(release.plan),
-            f"Only the routed experts change: they shrink by {_percent(release.plan.experts_shrink)}, scales included. "
-            f"On disk the quantized checkpoint takes {plots.human_bytes(release.quantized.bytes_total)}.",
-        )
-        + _figure(
-            "Rounding error of the experts",
-            plots.errors_by_layer(release.verification.layers),
-            "‖w − w′‖² / ‖w‖² over a layer's experts. It measures weights, not answers: a method that accounts for the "
-            "inputs, as GPTQ does, accepts a larger error here for a smaller one in the outputs.",
-        )
-    )
-
-
-def _calibration(release: ReportData) -> str:
-    calibration = release.calibration
-    scenes = ", ".join(f"{escape(scene)} {tokens:,}" for scene, tokens in calibration.tokens.items())
-    fewest = min(min(layer.tokens_of_experts()) for layer in calibration.layers)
-    starved = calibration.without_tokens
-    if starved:
-        names = ", ".join(f"<code>{escape(name)}</code>" for name in starved[:MOST_LOST])
-        more = f" and {len(starved) - MOST_LOST} more" if len(starved) > MOST_LOST else ""
-        who = "1 expert" if len(starved) == 1 else f"{len(starved)} experts"
-        said = f"{who} saw no token and could only be rounded without calibration: {names}{more}."
-    else:
-        said = f"Every expert was reached; the one reached least saw {fewest:,} tokens."
-    return f"<h2>Calibration</h2><p>Tokens by scene: {scenes}. {said}</p>" + _figure(
-        "What the experts saw",
-        plots.coverage(calibration),
-        "Tokens routed to each expert, as a multiple of an even share of its layer's. Routing is uneven by nature; an "
-        "expert without tokens is a gap in the calibration text.",
-    )
-
-
-def _speed(throughput: Throughput) -> str:
-    def panel(title: str, measure: str) -> str:
-        groups = []
-        for concurrency in throughput.concurrencies:
-            pair = [throughput.load(server, concurrency) for server in ("source", "quantized")]
-            values = [x.queries_per_minute if measure == "qpm" else getattr(x, measure).p50 for x in pair]
-            groups.append((str(concurrency), values[0], values[1]))
-        return f"<div>{plots.columns(title, groups, 'requests in flight')}</div>"
-
-    loads = sorted(throughput.loads, key=lambda x: (x.concurrency, x.server != "source"))
-    rows = "".join(
-        f'<tr><td>{x.server}</td><td class="num">{x.concurrency}</td><td class="num">{x.requests}</td>'
-        f'<td class="num">{x.errors}</td><td class="num">{plots.significant(x.queries_per_minute)}</td>'
-        f'<td class="num">{plots.significant(x.output_tokens_per_second)}</td>'
-        + "".join(
-            f'<td class="num">{" / ".join(plots.significant(v) for v in (p.p50, p.p90, p.p99))}</td>'
-            for p in (x.time_to_first_token_ms, x.time_per_output_token_ms)
-        )
-        + "</tr>"
-        for x in loads
-    )
-    heads = (
-        "In flight",
-        "Requests",
-        "Errors",
-        "Queries/min",
-        "Tokens/s",
-        "First token, ms<br>p50 / p90 / p99",
-        "Per output token, ms<br>p50 / p90 / p99",
-    )
-    panels = (
-        panel("Queries per minute", "qpm")
-        + panel("Time to first token, median ms", "time_to_first_token_ms")
-        + panel("Time per output token, median ms", "time_per_output_token_ms")
-    )
-    return (
-        f"<h2>Speed</h2><p>{throughput.prompt_tokens:,} prompt tokens and {throughput.output_tokens:,} output tokens a "
-        f"request, the two servers measured in turns on {escape(throughput.machine)}.</p>"
-        f'<figure><div class="panels">{panels}</div><figcaption>'
-        '<svg style="display:inline;width:9px;height:9px" viewBox="0 0 9 9"><rect width="9" height="9" '
-        'class="source"/></svg> '
-        'source, <svg style="display:inline;width:9px;height:9px" viewBox="0 0 9 9"><rect width="9" height="9" '
-        'class="quantized"/></svg> quantized. Measured on the machine named above and valid for it only: the local '
-        "engine expands the weights on a CPU, and its speed says nothing about a GPU's.</figcaption></figure>"
-        f"<div "
-        f'class="scroll"><table><tr><th>Server</th>{"".join(f"""<th class="num">{h}</th>""" for h in heads)}</tr>{rows}'
-        "</table></div>"
-    )
-
-
-def _lost(release: ReportData) -> str:
-    lost = release.comparison.lost
-    if not lost:
-        return "<h2>Questions lost</h2><p>None: the quantized model answers all that the source answers correctly.</p>"
-    before = {a.question_id: a for a in release.source_accuracy.answers}
-    after = {a.question_id: a for a in release.quantized_accuracy.answers}
-    shown = "".join(
-        f"<details{' open' * (i == lost[0])}><summary>Question {escape(i)}, {escape(before[i].category)}: "
-        f"the answer is {escape(before[i].answer)}, the quantized model says "
-        f"{escape(after[i].predicted or 'nothing readable')}</summary>{_question(release, i)}"
-        f'<div class="answers">{_answer("Source", before[i])}{_answer("Quantized", after[i])}</div></details>'
-        for i in lost[:MOST_LOST]
-    )
-    more = (
-        f"<p class='note'>{len(lost) - MOST_LOST} more are in the release's records.</p>"
-        if len(lost) > MOST_LOST
-        else ""
-    )
-    return (
-        f"<h2>Questions lost</h2><p>{len(lost)} questions that the source answers correctly and the quantized model "
-        "does not "
-        f"({len(release.comparison.gained)} went the other way).</p>{shown}{more}"
-    )
-
-
-def _question(release: ReportData, question_id: str) -> str:
-    question = release.questions.get(question_id)
-    if question is None:
-        return ""
-    options = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", question.options, strict=False))
-    return f"<pre>{escape(question.question)}\n\n{escape(options)}</pre>"
-
-
-def _answer(who: str, answer: AnsweredQuestion) -> str:
-    cut = ", cut by the token limit" if answer.truncated else ""
-    said = f'<span class="note">{who}: {escape(answer.predicted or "none")}{cut}</span>'
-    return f"<div>{said}<pre>{escape(answer.text)}</pre></div>"
 
 
 def _identity(release: ReportData) -> str:
@@ -426,33 +217,6 @@ def _identity(release: ReportData) -> str:
         "<footer>Intervals are at 95 %. The accuracy difference is paired by question, with Tango's score interval and "
         "the exact McNemar test.</footer>"
     )
-
-
-def _figure(title: str, svg: str, caption: str) -> str:
-    return (
-        f'<figure><h3>{title}</h3><div class="scroll"><div class="wide">{svg}</div></div>'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def _row(name: str, source: str, quantized: str, change: str) -> str:
-    return f"<tr><td>{name}</td>{''.join(f'<td class=num>{x}</td>' for x in (source, quantized, change))}</tr>"
-
-
-def _change(before: float, after: float) -> str:
-    return _minus(f"{100 * (after / before - 1):+.1f} %")
-
-
-def _points(fraction: float) -> str:
-    return _minus(f"{100 * fraction:+.2f}")
-
-
-def _minus(number: str) -> str:
-    return number.replace("-", "−")
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f} %"
 
 
 def _over_all_tokens(perplexities: Iterable[tuple[float, int]]) -> float:

@@ -5,21 +5,21 @@ CSS = """
   color-scheme: light dark;
   --page: #fbfbf9; --panel: #ffffff; --ink: #1b1f24; --soft: #59626d; --faint: #8a929c; --rule: #e2e3df;
     --grid: #ecece8;
-  --source: #8b95a1; --quantized: #1f6feb; --kept: #c9ced4; --first: #0f766e; --second: #5fb3a8; --on: #ffffff;
+  --source: #8b95a1; --quantized: #1f6feb; --first: #0f766e; --second: #5fb3a8;
   --pass: #1a7f4b; --pass-bg: #eaf5ee; --fail: #b3261e; --fail-bg: #fbecea; --inconclusive: #8a5a00;
     --inconclusive-bg: #fbf3e0; --warn: #a04a00;
   --h0: #c0392b; --h1: #e4ecf7; --h2: #c6d8f0; --h3: #9dbde6; --h4: #6d9dd9; --h5: #3f7cc7; --h6: #1f5aa8;
-    --h7: #123b78;
+    --h7: #123b78; --starved: #e8a13a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #13161a; --panel: #1a1e23; --ink: #e6e8ea; --soft: #a3abb4; --faint: #767f89; --rule: #2d333a;
       --grid: #262b31;
-    --source: #7d8792; --quantized: #5b9dff; --kept: #3b424a; --first: #2aa79a; --second: #a5e6dd; --on: #0b1a18;
+    --source: #7d8792; --quantized: #5b9dff; --first: #2aa79a; --second: #a5e6dd;
     --pass: #5fcf93; --pass-bg: #14281d; --fail: #ff8a80; --fail-bg: #341917; --inconclusive: #f0b94b;
       --inconclusive-bg: #2e2410; --warn: #ffa066;
     --h0: #e5534b; --h1: #1d2a3c; --h2: #213a5c; --h3: #28507f; --h4: #336aa8; --h5: #4888cf; --h6: #74abea;
-      --h7: #b3d3fb;
+      --h7: #b3d3fb; --starved: #d98a1f;
   }
 }
 * { box-sizing: border-box; }
@@ -67,7 +67,8 @@ td small { display: block; color: var(--soft); font-size: 13px; line-height: 1.4
 .identity td { overflow-wrap: anywhere; }
 figure { margin: 16px 0 28px; }
 figure svg { display: block; width: 100%; height: auto; }
-.wide { min-width: 560px; }
+figure svg.swatch { display: inline; width: 9px; height: 9px; }
+.on-narrow { display: none; }
 .panels { display: grid; grid-template-columns: repeat(3, 1fr); gap: 28px; }
 details { border-top: 1px solid var(--rule); padding: 10px 0; }
 details:last-of-type { border-bottom: 1px solid var(--rule); }
@@ -78,23 +79,25 @@ summary { cursor: pointer; overflow-wrap: anywhere; }
 svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif;
   fill: var(--soft);
   font-variant-numeric: tabular-nums; }
-svg text.strong { fill: var(--ink); } svg text.on-first { fill: var(--on); }
-svg text.on-second { fill: #0b1a18; } svg text.on-kept { fill: var(--ink); }
+svg text.strong { fill: var(--ink); paint-order: stroke; stroke: var(--page); stroke-width: 4px; }
 svg .grid { stroke: var(--grid); } svg .axis { stroke: var(--faint); }
 svg .source { fill: var(--source); } svg .quantized { fill: var(--quantized); }
 svg .first { fill: var(--first); } svg .second { fill: var(--second); }
 svg .first-line { stroke: var(--first); fill: none; } svg .second-line { stroke: var(--second); fill: none; }
-svg .kept { fill: var(--kept); }
 svg .source-line { stroke: var(--source); fill: none; } svg .quantized-line { stroke: var(--quantized); fill: none; }
 svg .h0 { fill: var(--h0); } svg .h1 { fill: var(--h1); } svg .h2 { fill: var(--h2); } svg .h3 { fill: var(--h3); }
 svg .h4 { fill: var(--h4); } svg .h5 { fill: var(--h5); } svg .h6 { fill: var(--h6); } svg .h7 { fill: var(--h7); }
+svg .starved { fill: var(--starved); }
 footer { margin-top: 64px; padding-top: 16px; border-top: 1px solid var(--rule); color: var(--soft); font-size: 13px; }
 @media (max-width: 700px) {
   main { padding: 28px 16px 56px; }
   h1 { font-size: 25px; }
-  .panels { grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); }
+  .on-wide { display: none; } .on-narrow { display: block; }
+  th.num, td.num small { white-space: normal; }
+  .panels { grid-template-columns: 1fr; } .panels svg { max-width: 300px; }
   .answers { grid-template-columns: 1fr; }
-  th, td { padding-right: 12px; }
+  th, td { padding-right: 8px; font-size: 15px; } th { font-size: 12px; } td small { font-size: 12px; }
+  th:last-child, td:last-child { padding-right: 0; }
   .gate tr { display: grid; grid-template-columns: auto 1fr; border-bottom: 1px solid var(--rule); }
   .gate tr:first-child { display: none; }
   .gate td { border: 0; padding-bottom: 4px; }

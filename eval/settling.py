@@ -28,7 +28,8 @@ def evaluate_until_settled(
     policy: LossPolicy,
     on_look: Callable[[Judged], None] = lambda _: None,
 ) -> tuple[Accuracy, Accuracy]:
-    """Both models' answers to the questions that it took; further tasks are asked in full, at the end.
+    """Both models' answers to the questions that it took, in the order in which they were asked; further tasks are
+    asked in full, at the end.
 
     Args:
         source, quantized: each one's server, and the directory of its answers, as in `accuracy.evaluate`.
@@ -41,12 +42,7 @@ def evaluate_until_settled(
     models = _Asked(*source, task), _Asked(*quantized, task)
     staged = evaluate_in_stages(drawn, task.stages, task.seed, models[0].ask, models[1].ask, policy, on_look)
     # The answers that were judged are those that are kept.
-    order = {str(q.question_id): i for i, q in enumerate(drawn)}
-    before, after = (
-        model.record(sorted(answers, key=lambda a: order[a.question_id]))
-        for model, answers in zip(models, (staged.source, staged.quantized), strict=True)
-    )
-    return before, after
+    return models[0].record(staged.source), models[1].record(staged.quantized)
 
 
 class _Asked:

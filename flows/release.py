@@ -79,7 +79,7 @@ def release(source: str, recipe: str, home: str, promote: bool = True) -> str:
         promoted = promote_champion(work, tracker) if promote and verdict.decision == "pass" else None
         for path in (write_report(work), *write_receipt(work, verdict)):
             run.log_file(path)
-        run.tag("lightship.verdict", verdict.decision)
+        run.log_verdict(verdict)
         run.tag("lightship.promoted", promoted.version if promoted else "no")
         champion = tracker.champion(work.recipe.model)
         if promoted and champion != version:

@@ -4,13 +4,18 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from lightship import summary
 from lightship.errors import LightshipError
+from lightship.eval.comparison import compare
 from lightship.files import write_json
 from lightship.records import LayerError, Verification
 from lightship.release import StageDone
 from lightship.tracking import Tracker
+from tests.eval.many_releases import finish_release
+from tests.eval.release import accuracy, calibration, throughput
 from tests.servers import free_port, running
 
 
@@ -47,12 +52,15 @@ def test_a_release_has_one_run_however_often_it_is_opened(tracker: Tracker) -> N
 
 def test_a_stage_is_logged_once_with_metrics_and_record(tracker: Tracker, tmp_path: Path) -> None:
     run = tracker.run_of("cccc00", "m-cccc00")
-    record = Verification(path="p", checks=[], layers=[LayerError(layer_name="model.layers.1.mlp", w13=0.01, w2=0.02)])
+    layers = [LayerError(layer_name=f"model.layers.{i}.mlp", w13=0.01, w2=0.02 * i) for i in (1, 2, 10)]
+    record = Verification(path="p", checks=[], layers=layers)
     write_json(tmp_path / "verification.json", record)
     for seconds in (1.0, 2.0):
         run.log_stage(StageDone("verification", record, False, seconds), tmp_path)
     logged = tracker.client.get_run(run.run_id)
-    assert logged.data.metrics["verify/error/model.layers.1.mlp/w2"] == 0.02
+    assert logged.data.metrics["verify/error_w2"] == pytest.approx(0.26 / 3)
+    curve = tracker.client.get_metric_history(run.run_id, "by_layer/verified_error_w2")
+    assert sorted((point.step, point.value) for point in curve) == [(1, 0.02), (2, 0.04), (10, 0.2)]
     assert logged.data.tags["stage.verification"] == "1.0 s"
     assert [f.path for f in tracker.client.list_artifacts(run.run_id)] == ["verification.json"]
 
@@ -93,7 +101,7 @@ def test_an_unregistered_manifest_and_an_unknown_release_are_refused(tracker: Tr
     ):
         tracker.version_of("m-none", "ffff99", "9" * 64)
     with pytest.raises(LightshipError, match="has 0 runs of release ffff99, not one"):
-        tracker.runs(["ffff99"])
+        tracker.sides(["ffff99"])
 
 
 def test_a_run_is_marked_failed_when_its_release_fails(tracker: Tracker) -> None:
@@ -117,3 +125,46 @@ def test_a_server_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(LightshipError, match=r"does not answer: .*; check MLFLOW_TRACKING_URI"):
         Tracker.connect(tmp_path)
+
+
+def test_a_release_can_be_traced_compared_and_found_in_mlflow(tracker: Tracker, tmp_path: Path) -> None:
+    release_id = finish_release(tmp_path, tracker, 0 if tracker.uri.startswith("sqlite") else 3, questions=200)
+    (run,) = tracker.client.search_runs([tracker.experiment_id], f"tags.`lightship.release_id` = '{release_id}'")
+    assert len(run.data.params) < 60, "few enough to read"
+    assert run.data.params["calibration.sources"] == "prose; code; questions; dialogue"
+    assert "accuracy.revision" not in run.data.params, "what is not set is no parameter"
+    for name in ("lightship.source", "lightship.recipe", "identity.source", "identity.code", "lightship.verdict"):
+        assert run.data.tags[name]
+    digests = {i.dataset.name: i.dataset.digest for i in run.inputs.dataset_inputs}
+    assert digests.keys() == {"lightship_demo", "calibration-text", "heldout-text"}
+    assert len(set(digests.values())) == 3
+    contexts = {tag.value for i in run.inputs.dataset_inputs for tag in i.tags}
+    assert contexts == {"evaluation", "calibration", "fidelity"}
+    assert tracker.client.get_experiment(tracker.experiment_id).tags["mlflow.experimentKind"]
+
+    model = tracker.client.get_logged_model(run.outputs.model_outputs[0].model_id)
+    measured = {metric.key: metric.value for metric in model.metrics}
+    for name in ("accuracy", "accuracy_loss", "fidelity/kl", "throughput/ratio/c16", "agreement/same_answer"):
+        assert measured[name] == run.data.metrics[name]
+    assert not any(name.startswith(("source/", "by_")) for name in measured)
+    assert model.params["quantization.method"] == "gptq"
+
+    version = tracker.client.search_model_versions(f"run_id = '{run.info.run_id}'")[0]
+    assert version.tags["lightship.verdict"] == run.data.tags["lightship.verdict"]
+    assert "accuracy_loss" in version.description
+
+
+def test_a_series_has_its_steps_and_one_point_is_no_series() -> None:
+    curves = summary.curves(throughput())
+    assert curves["by_concurrency/quantized_ttft_p99_ms"].keys() == {1, 4, 16}
+    one = msgspec.structs.replace(throughput(), loads=throughput().loads[:2])
+    assert summary.curves(one) == {}
+    right = accuracy([True, False, True, True])
+    by_stage = summary.curves(compare(right, right, looks=[2, 4], planned=4))
+    assert by_stage["by_questions/quantized_accuracy"] == {2: 0.5, 4: 0.75}
+
+
+def test_a_model_of_58_layers_has_no_more_metrics_than_one_of_two() -> None:
+    few, many = (summary.metrics(calibration(layers=n)).keys() for n in (2, 58))
+    assert few == many
+    assert len(summary.curves(calibration(layers=58))["by_layer/output_error_w13"]) == 58

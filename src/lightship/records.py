@@ -696,6 +696,8 @@ class Comparison(Record, frozen=True, kw_only=True):
     """By name."""
     looks: list[int] = []
     """Where questions were asked in stages: how many were answered at each look. Empty: all were asked at once."""
+    accuracy_at_looks: list[tuple[float, float]] = []
+    """The source's and the quantized model's accuracy at each look, on what was answered by then."""
     planned: int | None = None
     """Where they were asked in stages: how many would have been asked in all."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -41,6 +41,8 @@ PACKAGES = (
 )
 ENGINE_PACKAGES = ("torch", "transformers", "lm-eval")
 ID_LENGTH = 12
+CHAMPION = "champion"
+"""The alias of the release that is served, and its name on the command line."""
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -251,6 +253,35 @@ def find_release(home: Path, release_id: str) -> ReleaseFile:
         many = "no release" if not found else "more than one release"
         raise LightshipError(f"{many} in {home} has an id that starts with {release_id!r}; there: {known}")
     return read_json(home / "releases" / found[0] / "release.json", ReleaseFile)
+
+
+class Champions(Protocol):
+    """Who knows the champions; `Tracker` does."""
+
+    def champion_release(self, model: str) -> str | None: ...
+
+
+def find_releases(home: Path, names: list[str], champions: Champions) -> list[str]:
+    """The ids of the releases in `home` that are meant: by their first characters, or `champion`.
+
+    The champion is that of the other releases' model; named alone, that of the only model in `home`.
+
+    Raises:
+        LightshipError: no release is meant, or several are, or there is no champion.
+    """
+    others = [name for name in names if name != CHAMPION]
+    found = {name: find_release(home, name) for name in others}
+    ids = {name: release.release_id for name, release in found.items()}
+    if CHAMPION in names:
+        known = list(found.values()) or [find_release(home, p.name) for p in (home / "releases").glob("*")]
+        models = sorted({release.recipe.model for release in known})
+        if len(models) != 1:
+            raise LightshipError(f"{len(models)} models could be meant by `champion`: {', '.join(models)}; give its id")
+        champion = champions.champion_release(models[0])
+        if champion is None:
+            raise LightshipError(f"{models[0]} has no champion yet; `lightship promote RELEASE` makes one")
+        ids[CHAMPION] = champion
+    return [ids[name] for name in names]
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""What a record says in one line for people, and as metrics for MLflow."""
+"""What a record says in one line for people, and as metrics and curves for MLflow."""
 
+from collections.abc import Iterable
 from functools import singledispatch
 from statistics import mean
 
@@ -46,6 +47,35 @@ def metrics(record: Record) -> dict[str, float]:
     raise TypeError(type(record))
 
 
+@singledispatch
+def curves(_: Record) -> dict[str, dict[int, float]]:
+    """The record's series, by MLflow metric name: step -> value.
+
+    The step is the layer's number, the requests in flight or the questions answered, and the name's first part says
+    which: `by_layer`, `by_concurrency`, `by_questions`. A series of one point is none; its metric says it already.
+    """
+    return {}
+
+
+def _series(values: Iterable[tuple[str, int, float | None]]) -> dict[str, dict[int, float]]:
+    """Name, step and value, of which some are missing -> those series that have a shape."""
+    found: dict[str, dict[int, float]] = {}
+    for name, step, value in values:
+        if value is not None:
+            found.setdefault(name, {})[step] = value
+    return {name: points for name, points in found.items() if len(points) > 1}
+
+
+def layer_number(layer_name: str) -> int:
+    """Of `model.layers.3.mlp`, 3."""
+    return int(next(part for part in layer_name.split(".") if part.isdigit()))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
+
+
 @sentence.register
 def _(plan: Plan) -> str:
     return (
@@ -57,8 +87,8 @@ def _(plan: Plan) -> str:
 @metrics.register
 def _(plan: Plan) -> dict[str, float]:
     return {
-        "size/bytes_before": plan.bytes_before,
         "size/bytes_after": plan.bytes_after,
+        "size/bytes_before": plan.bytes_before,
         "size/experts_shrink": plan.experts_shrink,
     }
 
@@ -80,15 +110,36 @@ def _(calibration: Calibration) -> str:
 @metrics.register
 def _(calibration: Calibration) -> dict[str, float]:
     rounded = [expert for layer in calibration.layers for expert in layer.experts]
+    outputs = {
+        "calibration/output_error_w13": _mean(e.w13_output_error for e in rounded),
+        "calibration/output_error_w2": _mean(e.w2_output_error for e in rounded),
+    }
     return {
         "calibration/tokens": sum(calibration.tokens.values()),
         "calibration/least_expert_tokens": min(expert.tokens for expert in rounded),
         "calibration/experts_starved": len(calibration.starved),
         "calibration/experts_without_tokens": len(calibration.without_tokens),
         "calibration/layers_with_outliers": len(calibration.with_outliers),
-        **{f"calibration/error/{x.layer_name}/w13": mean(e.w13_error for e in x.experts) for x in calibration.layers},
-        **{f"calibration/error/{x.layer_name}/w2": mean(e.w2_error for e in x.experts) for x in calibration.layers},
+        "calibration/error_w13": mean(e.w13_error for e in rounded),
+        "calibration/error_w2": mean(e.w2_error for e in rounded),
+        **{k: v for k, v in outputs.items() if v is not None},
     }
+
+
+@curves.register
+def _(calibration: Calibration) -> dict[str, dict[int, float]]:
+    points: list[tuple[str, int, float | None]] = []
+    for layer in calibration.layers:
+        number, tokens = layer_number(layer.layer_name), layer.tokens_of_experts()
+        points += [
+            ("by_layer/error_w13", number, _mean(e.w13_error for e in layer.experts)),
+            ("by_layer/error_w2", number, _mean(e.w2_error for e in layer.experts)),
+            ("by_layer/output_error_w13", number, _mean(e.w13_output_error for e in layer.experts)),
+            ("by_layer/output_error_w2", number, _mean(e.w2_output_error for e in layer.experts)),
+            ("by_layer/least_expert_tokens", number, min(tokens)),
+            ("by_layer/experts_starved", number, len(layer.starved(calibration.token_floor))),
+        ]
+    return _series(points)
 
 
 def _some(names: list[str]) -> str:
@@ -118,11 +169,20 @@ def _(verification: Verification) -> str:
 
 @metrics.register
 def _(verification: Verification) -> dict[str, float]:
-    return {
-        "verify/failed_checks": sum(not c.passed for c in verification.checks),
-        **{f"verify/error/{e.layer_name}/w13": e.w13 for e in verification.layers},
-        **{f"verify/error/{e.layer_name}/w2": e.w2 for e in verification.layers},
-    }
+    values: dict[str, float] = {"verify/failed_checks": sum(not c.passed for c in verification.checks)}
+    if verification.layers:
+        values["verify/error_w13"] = mean(e.w13 for e in verification.layers)
+        values["verify/error_w2"] = mean(e.w2 for e in verification.layers)
+    return values
+
+
+@curves.register
+def _(verification: Verification) -> dict[str, dict[int, float]]:
+    return _series(
+        (f"by_layer/verified_error_{name}", layer_number(e.layer_name), value)
+        for e in verification.layers
+        for name, value in (("w13", e.w13), ("w2", e.w2))
+    )
 
 
 @sentence.register
@@ -218,6 +278,24 @@ def _(throughput: Throughput) -> dict[str, float]:
     return values | {f"throughput/ratio/c{c}": throughput.ratio(c) for c in throughput.concurrencies}
 
 
+@curves.register
+def _(throughput: Throughput) -> dict[str, dict[int, float]]:
+    points: list[tuple[str, int, float | None]] = []
+    for load in throughput.loads:
+        first, token = load.time_to_first_token_ms, load.time_per_output_token_ms
+        for name, value in (
+            ("queries_per_minute", load.queries_per_minute),
+            ("output_tokens_per_second", load.output_tokens_per_second),
+            ("ttft_p50_ms", first.p50),
+            ("ttft_p99_ms", first.p99),
+            ("tpot_p50_ms", token.p50),
+            ("tpot_p99_ms", token.p99),
+        ):
+            points.append((f"by_concurrency/{load.server}_{name}", load.concurrency, value))
+    points += [("by_concurrency/ratio", c, throughput.ratio(c)) for c in throughput.concurrencies]
+    return _series(points)
+
+
 @sentence.register
 def _(report: LoadReport) -> str:
     about, last = report.workload, report.servers[-1]
@@ -267,6 +345,19 @@ def _(comparison: Comparison) -> dict[str, float]:
         "accuracy_loss_p_value": comparison.p_value,
         "accuracy_loss_subjects_worse": sum(s.p_adjusted <= 0.05 for s in comparison.subjects),
     }
+
+
+@curves.register
+def _(comparison: Comparison) -> dict[str, dict[int, float]]:
+    return _series(
+        (f"by_questions/{name}", answered, value)
+        for answered, stage in zip(comparison.looks, comparison.accuracy_at_looks, strict=False)
+        for name, value in (
+            ("source_accuracy", stage[0]),
+            ("quantized_accuracy", stage[1]),
+            ("accuracy_loss", stage[0] - stage[1]),
+        )
+    )
 
 
 @sentence.register

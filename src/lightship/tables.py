@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -43,8 +42,8 @@ FINDINGS = 5
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
-def show(table: Table) -> None:
-    """Print a table; lines are not cut when the output is not a terminal."""
+def show(table: RenderableType) -> None:
+    """Print a table, or several; lines are not cut when the output is not a terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
@@ -374,18 +373,3 @@ def rules_table(verdict: Verdict) -> Table:
         decision = f"[{COLOURS[rule.decision]}]{rule.decision}[/]"
         table.add_row(name, decision, escape(value), escape(rule.limit), escape(rule.explanation))
     return table
-
-
-def runs_tables(runs: list[Any]) -> list[Table]:
-    """MLflow runs side by side: the parameters that differ, and every metric."""
-    names = [run.info.run_name for run in runs]
-    parameters = _table("parameter that differs", *names)
-    for key in sorted({k for run in runs for k in run.data.params}):
-        values = [run.data.params.get(key, "-") for run in runs]
-        if len(set(values)) > 1:
-            parameters.add_row(key, *values)
-    metrics = _table("metric", *names)
-    for key in sorted({k for run in runs for k in run.data.metrics}):
-        values = [f"{run.data.metrics[key]:.6g}" if key in run.data.metrics else "-" for run in runs]
-        metrics.add_row(key, *values)
-    return [parameters, metrics]

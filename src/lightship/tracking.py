@@ -4,30 +4,42 @@ and the registered model's aliases `challenger` and `champion`.
 This is the only module that imports mlflow. The tracking server is MLFLOW_TRACKING_URI, else a SQLite file in the home.
 
     mlflow ui --backend-store-uri sqlite:///lightship-home/mlflow.db
+
+docs/tracking.md says what is where.
 """
 
+import json
 import logging
 import math
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from lightship import summary
+from lightship import lineage, summary
+from lightship.contrast import ReleaseSide, side_of
 from lightship.errors import LightshipError
-from lightship.records import Override, Promoted
-from lightship.release import ID_LENGTH, Release, StageDone, settings_of, versions
+from lightship.records import Override, Promoted, Verdict
+from lightship.release import CHAMPION, ID_LENGTH, Release, StageDone
 
 EXPERIMENT = "lightship"
 RELEASE_TAG = "lightship.release_id"
+MODEL_TAG = "lightship.model"
 MANIFEST_TAG = "lightship.manifest_digest"
-CHALLENGER, CHAMPION = "challenger", "champion"
+KIND_TAG = "mlflow.experimentKind"
+"""Without it, MLflow's pages show the experiment as one about prompts and traces."""
+VERDICT_TAG = "lightship.verdict"
+PROMOTED_TAG = "lightship.promoted"
+CHALLENGER = "challenger"
+MODEL_STAGES = ("accuracy", "agreement", "comparison", "fidelity", "throughput")
+"""Stages that measure the quantized model: their metrics are the logged model's too."""
+MOST_METRICS = 1000
+"""That MLflow takes in one request."""
 
 
 def _mlflow() -> Any:
@@ -83,6 +95,8 @@ class Tracker:
             raise LightshipError(
                 f"MLflow at {uri} does not answer: {error.message}; check MLFLOW_TRACKING_URI"
             ) from error
+        if experiment is None or KIND_TAG not in experiment.tags:
+            client.set_experiment_tag(experiment_id, KIND_TAG, "custom_model_development")
         return cls(uri, client, experiment_id)
 
     def run_of(self, release_id: str, name: str) -> "ReleaseRun":
@@ -95,20 +109,42 @@ class Tracker:
         )
         return ReleaseRun(self, run.info.run_id)
 
-    def runs(self, release_ids: list[str]) -> list[Any]:
-        """The runs of these releases, in this order.
+    def sides(self, release_ids: list[str] | None = None) -> list[ReleaseSide]:
+        """These releases in this order, or all that have a run.
 
         Raises:
             LightshipError: a release has no run.
         """
-        found = []
-        for release_id in release_ids:
-            where = f"tags.`{RELEASE_TAG}` LIKE '{release_id}%'"
-            runs = self.client.search_runs([self.experiment_id], where, max_results=2)
-            if len(runs) != 1:
-                raise LightshipError(f"MLflow at {self.uri} has {len(runs)} runs of release {release_id}, not one")
-            found += runs
-        return found
+        runs = self._all_runs() if release_ids is None else [self._run(release_id) for release_id in release_ids]
+        models = {run.data.tags.get(MODEL_TAG) for run in runs} - {None}
+        champions = {self.champion_release(model) for model in models}
+        return [
+            side_of(
+                run.info.run_name,
+                run.data.params,
+                run.data.tags,
+                run.data.metrics,
+                champion=run.data.tags[RELEASE_TAG] in champions,
+                at=datetime.fromtimestamp(run.info.start_time / 1000, UTC).isoformat(timespec="seconds"),
+            )
+            for run in runs
+        ]
+
+    def _run(self, release_id: str) -> Any:
+        found = self.client.search_runs([self.experiment_id], f"tags.`{RELEASE_TAG}` = '{release_id}'", max_results=2)
+        if len(found) != 1:
+            raise LightshipError(f"MLflow at {self.uri} has {len(found)} runs of release {release_id}, not one")
+        return found[0]
+
+    def _all_runs(self) -> list[Any]:
+        runs: list[Any] = []
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment_id], f"tags.`{RELEASE_TAG}` != ''", page_token=token)
+            runs += page
+            token = page.token
+            if not token:
+                return runs
 
     def register(self, run_id: str, model: str, release_id: str, checkpoint: Path, manifest_digest: str) -> str:
         """Register a release's checkpoint as a version of `model`, the new `challenger`; returns the version.
@@ -117,6 +153,9 @@ class Tracker:
         release that is registered already keeps its version and moves no alias.
         """
         mlflow = _mlflow()
+        from mlflow.entities import LoggedModelOutput
+
+        parameters = self.client.get_run(run_id).data.params
         tags = {
             RELEASE_TAG: release_id,
             MANIFEST_TAG: manifest_digest,
@@ -129,8 +168,14 @@ class Tracker:
             return str(registered[0].version)
         mlflow.set_tracking_uri(self.uri)
         logged = mlflow.create_external_model(
-            name=release_id, source_run_id=run_id, tags=tags, model_type="w4afp8", experiment_id=self.experiment_id
+            name=release_id,
+            source_run_id=run_id,
+            tags=tags,
+            params={k: v for k, v in parameters.items() if k.startswith("quantization.")},
+            model_type="w4afp8",
+            experiment_id=self.experiment_id,
         )
+        self.client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
         version = self.client.create_model_version(
             model, source=logged.model_uri, run_id=run_id, tags=tags, model_id=logged.model_id
         )
@@ -145,6 +190,7 @@ class Tracker:
         previous = self.champion(model)
         self.client.set_registered_model_alias(model, CHAMPION, version)
         chosen = self.client.get_model_version(model, version)
+        self.client.set_tag(chosen.run_id, PROMOTED_TAG, version)
         run_tags = self.client.get_run(chosen.run_id).data.tags
         for name, value in _override_tags(override).items():
             if value is not None:
@@ -200,16 +246,30 @@ class ReleaseRun:
     tracker: Tracker
     run_id: str
 
-    def log(self, *, parameters: Mapping[str, Any] | None = None, metrics: Mapping[str, float] | None = None) -> None:
-        """Log parameters and metrics; a parameter that is logged already must have the same value."""
+    def log(
+        self,
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        curves: Mapping[str, Mapping[int, float]] | None = None,
+        model: str | None = None,
+    ) -> None:
+        """Log parameters, metrics and curves; a parameter that is logged already must have the same value.
+
+        Args:
+            curves: metric -> step -> value. Numbers that are not finite are left out.
+            model: id of a logged model whose metrics, but not curves, these are too.
+        """
         from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
-        self.tracker.client.log_batch(
-            self.run_id,
-            metrics=[Metric(k, float(v), now, 0) for k, v in (metrics or {}).items()],
-            params=[Param(k, str(v)) for k, v in (parameters or {}).items()],
-        )
+        points = [Metric(k, float(v), now, 0, model_id=model) for k, v in (metrics or {}).items()]
+        points += [Metric(k, float(v), now, step) for k, values in (curves or {}).items() for step, v in values.items()]
+        points = [point for point in points if math.isfinite(point.value)]
+        client = self.tracker.client
+        client.log_batch(self.run_id, params=[Param(k, str(v)) for k, v in (parameters or {}).items()])
+        for start in range(0, len(points), MOST_METRICS):
+            client.log_batch(self.run_id, metrics=points[start : start + MOST_METRICS])
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         """Log a file as an artifact."""
@@ -219,24 +279,60 @@ class ReleaseRun:
         self.tracker.client.set_tag(self.run_id, name, value)
 
     def log_release(self, release: Release) -> None:
-        """Log what the release is made of: identity, versions and every setting of the recipe, as parameters."""
-        settings = dict(_flattened(settings_of(release.recipe)))
-        identity = {f"identity.{k}": v[:ID_LENGTH] for k, v in msgspec.to_builtins(release.identity).items()}
-        self.log(parameters={**identity, **settings})
-        self.tag("lightship.source", str(release.source.path))
-        self.tag("lightship.recipe", str(release.recipe_path))
-        for name, number in versions().items():
-            self.tag(f"version.{name}", number)
+        """Log what the release is made of: parameters, tags for its lineage, and the datasets that it reads."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        self.log(parameters=lineage.parameters(release))
+        for name, value in lineage.tags(release).items():
+            self.tag(name, value)
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=used.name,
+                    digest=used.digest,
+                    source_type="local",
+                    source=json.dumps({"uri": ", ".join(used.sources)}),
+                    profile=json.dumps(used.profile),
+                ),
+                [InputTag("mlflow.data.context", used.context)],
+            )
+            for used in lineage.datasets(release)
+        ]
+        self.tracker.client.log_inputs(self.run_id, inputs)
 
     def log_stage(self, stage: StageDone, directory: Path) -> None:
-        """Log a finished stage once: its metrics, and its record as an artifact."""
+        """Log a finished stage once: its metrics and curves, and its record as an artifact."""
         tag = f"stage.{stage.name}"
         if tag in self.tracker.client.get_run(self.run_id).data.tags:
             return
         prefix = "source/" if stage.name.startswith("source-") else ""
-        self.log(metrics={prefix + k: v for k, v in summary.metrics(stage.record).items() if math.isfinite(v)})
+        self.log(
+            metrics={prefix + k: v for k, v in summary.metrics(stage.record).items()},
+            curves=summary.curves(stage.record),
+            model=self._model_id() if stage.name in MODEL_STAGES else None,
+        )
         self.log_file(directory / f"{stage.name}.json")
         self.tag(tag, f"{stage.seconds:.1f} s")
+
+    def log_verdict(self, verdict: Verdict) -> None:
+        """Tag the run, its logged model and its registered version with the decision, and describe them with why."""
+        client = self.tracker.client
+        not_met = [rule.rule for rule in verdict.rules if rule.decision != "pass"]
+        headline = f"{verdict.decision}: {', '.join(not_met) or f'all {len(verdict.rules)} rules'}"
+        why = "\n".join([headline, "", *(f"- {r.rule}: {r.explanation}" for r in verdict.rules)])
+        self.tag(VERDICT_TAG, verdict.decision)
+        self.tag("mlflow.note.content", why)
+        model = self._model_id()
+        if model is not None:
+            client.set_logged_model_tags(model, {VERDICT_TAG: verdict.decision})
+        for version in client.search_model_versions(f"run_id = '{self.run_id}'"):
+            client.set_model_version_tag(version.name, version.version, VERDICT_TAG, verdict.decision)
+            client.update_model_version(version.name, version.version, why)
+
+    def _model_id(self) -> str | None:
+        """Of the logged model that this run made; None before it is registered."""
+        outputs = self.tracker.client.get_run(self.run_id).outputs
+        return outputs.model_outputs[0].model_id if outputs and outputs.model_outputs else None
 
     def __enter__(self) -> "ReleaseRun":
         return self
@@ -262,14 +358,3 @@ def _override_tags(override: Override | None) -> dict[str, str | None]:
         "lightship.override_verdict": rules,
         "lightship.override_at": override.at if override else None,
     }
-
-
-def _flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flattened(inner, f"{prefix}.{key}" if prefix else key)
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        for number, item in enumerate(value):
-            yield from _flattened(item, f"{prefix}.{number}")
-    else:
-        yield prefix, value

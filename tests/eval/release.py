@@ -8,13 +8,14 @@ from lightship.eval.comparison import compare
 from lightship.eval.gate import decide
 from lightship.eval.measures import Evidence
 from lightship.eval.questions import Question
-from lightship.eval.report import ReportData
+from lightship.eval.report_data import ReportData
 from lightship.policy import Gate
 from lightship.records import (
     Accuracy,
     AnsweredQuestion,
     Calibration,
     Check,
+    ExpertRounding,
     Fidelity,
     Fit,
     InputScale,
@@ -55,16 +56,17 @@ def accuracy(right: list[bool], *, text: str = "… the answer is (B).", **field
 
 
 def plan(experts_after: int = 54_000_000) -> Plan:
-    tensors: list[tuple[str, Any, int, int]] = [
-        ("model.layers.1.mlp.experts.0.gate_proj.weight", "int4", 100_000_000, experts_after),
-        ("model.layers.1.self_attn.o_proj.weight", "fp8", 11_000_000, 11_000_000),
-        ("model.embed_tokens.weight", "keep", 6_000_000, 6_000_000),
+    tensors: list[tuple[str, Any, str, int, int]] = [
+        ("model.layers.1.mlp.experts.0.gate_proj.weight", "int4", "routed experts", 100_000_000, experts_after),
+        ("model.layers.1.self_attn.o_proj.weight", "fp8", "attention", 8_000_000, 8_000_000),
+        ("model.layers.1.mlp.shared_experts.up_proj.weight", "fp8", "shared experts", 3_000_000, 3_000_000),
+        ("model.embed_tokens.weight", "keep", "embeddings, head", 6_000_000, 6_000_000),
     ]
     planned = [
         PlannedTensor(
-            name=n, action=a, converted=False, part=a, dtype="F8_E4M3", shape=[1, b], bytes_before=b, bytes_after=c
+            name=n, action=a, converted=False, part=part, dtype="F8_E4M3", shape=[1, b], bytes_before=b, bytes_after=c
         )
-        for n, a, b, c in tensors
+        for n, a, part, b, c in tensors
     ]
     fit = Fit(gpu="80 GB (H100)", tp=8, usable_bytes=76_000_000, weight_bytes=9_000_000, cache_bytes_per_token=1000)
     layers = ["model.layers.1.mlp"]
@@ -117,6 +119,15 @@ def input_scale(amax: float) -> InputScale:
     )  # fmt: skip
 
 
+def rounding(expert: int, tokens: int, rng: random.Random) -> ExpertRounding:
+    error = 0.012 + 0.003 * rng.random()
+    output = error * 0.6 if tokens else None
+    return ExpertRounding(
+        expert=expert, tokens=tokens, how="gptq" if tokens else "mse, no tokens", w13_error=error,
+        w2_error=1.2 * error, w13_output_error=output, w2_output_error=None if output is None else 1.3 * output,
+    )  # fmt: skip
+
+
 def calibration(layers: int = 8, experts: int = 32, starved: bool = True) -> Calibration:
     rng = random.Random(1)
     made = []
@@ -128,7 +139,8 @@ def calibration(layers: int = 8, experts: int = 32, starved: bool = True) -> Cal
         made.append(
             LayerCalibration(
                 layer_name=f"model.layers.{layer}.mlp",
-                w13_input=input_scale(3.0), w2_input=input_scale(9.0), experts=[],
+                w13_input=input_scale(3.0), w2_input=input_scale(9.0),
+                experts=[rounding(expert, tokens, rng) for expert, tokens in enumerate(counts)],
                 expert_tokens={"code": half, "prose": [c - h for c, h in zip(counts, half, strict=True)]},
             )
         )  # fmt: skip
@@ -148,14 +160,18 @@ def evidence(**changed: Any) -> Evidence:
     return Evidence(**made)
 
 
-def release(*, losing: float = 0.02, questions: int = 700, text: str = "… the answer is (B).") -> ReportData:
+def release(
+    *, losing: float = 0.02, questions: int = 700, text: str = "… the answer is (B).", seed: int = 0, **measured: Any
+) -> ReportData:
     """A whole release whose quantized model loses about `losing` of the questions and gains half as many."""
     rng = random.Random(0)
     right = [rng.random() < 0.8 for _ in range(questions)]
+    rng = random.Random(seed) if seed else rng
     kept = [(ok and rng.random() >= losing / 0.8) or (not ok and rng.random() < losing / 0.4) for ok in right]
     source, quantized = accuracy(right, text=text), accuracy(kept, text=text)
-    measured = evidence(source=source, quantized=quantized)
     made = {"plan": plan(), "verification": verification(), "fidelity": fidelity(), "throughput": throughput()}
+    made |= measured
+    seen = evidence(source=source, quantized=quantized, **made)
     question = Question(
         question_id=0, question="What comes next: 17 20 25 32?", options=["44", "41", "32", "39"], answer="B",
         cot_content="", category="sequences",
@@ -177,11 +193,11 @@ def release(*, losing: float = 0.02, questions: int = 700, text: str = "… the 
         ),
         source_accuracy=source,
         quantized_accuracy=quantized,
-        comparison=measured.comparison,
-        verdict=decide(GATE, measured),
+        comparison=seen.comparison,
+        verdict=decide(GATE, seen),
         agreement=measure_agreement(source, quantized),
         versions={"lightship": "0.1.0+b238681", "torch": "2.13.0", "transformers": "5.23.0", "lm-eval": "0.4.13"},
         next_commands=["lightship promote 5f2c9e1b7ad3", "lightship serve out/checkpoint --tp 2 --port 8000"],
-        questions=dict.fromkeys(measured.comparison.lost, question),
+        questions=dict.fromkeys(seen.comparison.lost, question),
         **made,  # type: ignore[arg-type]
     )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from lightship.eval import plots
+from lightship.eval import drawing, plots
 from lightship.eval.receipt import make_receipt
 from lightship.eval.report import HEADLINES, write_report
 from lightship.eval.report_style import CSS
@@ -58,7 +58,7 @@ def test_the_report_is_well_formed_and_shows_every_rule_figure_and_identity(tmp_
     assert parser.open == []
     data = release()
     assert HEADLINES[data.verdict.decision] in page
-    assert page.count("<figure>") == 6
+    assert page.count("<figure>") == 7
     for said in (data.release_id, data.source_digest, data.quantized.manifest_digest, *data.next_commands):
         assert said in page
     for rule in data.verdict.rules:
@@ -148,12 +148,12 @@ def test_an_expert_without_tokens_has_a_colour_of_its_own() -> None:
     ("value", "said"), [(0, "0"), (1234.5, "1,230"), (38.249, "38.2"), (0.01234, "0.0123"), (1000, "1,000")]
 )
 def test_numbers_have_three_significant_digits(value: float, said: str) -> None:
-    assert plots.significant(value) == said
+    assert drawing.significant(value) == said
 
 
 @pytest.mark.parametrize(("count", "said"), [(999, "999 B"), (71_000_000, "71.0 MB"), (688_586_000_000, "689 GB")])
 def test_bytes_are_said_in_the_unit_that_fits(count: int, said: str) -> None:
-    assert plots.human_bytes(count) == said
+    assert drawing.human_bytes(count) == said
 
 
 def test_the_page_says_why_not_with_the_arithmetic_and_what_to_do(tmp_path: Path) -> None:
@@ -177,5 +177,5 @@ def test_each_subject_has_its_loss_and_its_adjusted_p_value(tmp_path: Path) -> N
     page = written(tmp_path)
     table = page[page.index("Loss by subject") :]
     for subject in release().comparison.subjects:
-        assert f"<tr><td>{subject.subject}</td>" in table
-        assert f'<td class="num">{subject.p_adjusted:.2g}</td></tr>' in table
+        assert f"<tr><td>{subject.subject}<small>{subject.questions} questions" in table
+        assert f'<td class="num">{subject.p_adjusted:.2g}<small>alone {subject.p_value:.2g}</small></td>' in table

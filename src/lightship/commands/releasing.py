@@ -5,8 +5,15 @@ lightship release demo/checkpoint --recipe recipes/demo.toml
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightship.commands.arguments import Add, take_home, take_recipe
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from lightship.contrast import Contrast
+    from lightship.tracking import Tracker
 
 
 def add_to(add: Add) -> None:
@@ -44,8 +51,16 @@ def add_to(add: Add) -> None:
     sub.add_argument("release", help="release id, or its first characters")
     take_home(sub)
 
-    sub = add("compare", _compare, "Show releases side by side, from MLflow.", "compare 3f2a 9bc1")
-    sub.add_argument("releases", nargs="+", help="release ids, or their first characters")
+    sub = add(
+        "compare",
+        _compare,
+        "Hold two releases against each other, from MLflow; of any other number, show each in a row.",
+        "compare 3f2a champion",
+    )
+    sub.add_argument(
+        "releases", nargs="*", help="release ids, their first characters, or `champion` (default: all releases)"
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON")
     take_home(sub)
 
 
@@ -128,31 +143,41 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from lightship.release import find_release
-    from lightship.tables import runs_tables, show
+    import msgspec
+
+    from lightship.contrast_tables import contrast_view, releases_table
+    from lightship.release import find_releases
+    from lightship.tables import show
     from lightship.tracking import Tracker
 
-    found = [find_release(arguments.home, release_id).release_id for release_id in arguments.releases]
-    for table in runs_tables(Tracker.connect(arguments.home).runs(arguments.releases)):
-        show(table)
-    directories = [arguments.home / "releases" / release_id for release_id in found]
-    if len(found) == 2 and all((directory / "comparison.json").is_file() for directory in directories):
-        _compare_answers(*directories)
+    tracker = Tracker.connect(arguments.home)
+    named = find_releases(arguments.home, arguments.releases, tracker) if arguments.releases else None
+    if named is not None and len(named) == 2:
+        held = _contrast(tracker, arguments.home, named[0], named[1])
+        found: object = held
+        view: RenderableType = contrast_view(held)
+    else:
+        sides = tracker.sides(named)
+        found = sides
+        view = releases_table(sides)
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(found)).decode())
+    else:
+        show(view)
     return 0
 
 
-def _compare_answers(first: Path, second: Path) -> None:
-    """What the second of two releases lost of the first's answers, in pairs."""
-    from lightship import summary
-    from lightship.errors import EvaluationError
+def _contrast(tracker: "Tracker", home: Path, first: str, second: str) -> "Contrast":
+    """Two releases, and what the second lost of the first's answers, in pairs."""
+    from lightship.contrast import contrast
+    from lightship.errors import LightshipError
     from lightship.eval.evidence import read_measured
     from lightship.eval.losses import compare_with_champion
-    from lightship.tables import show, subjects_table
 
+    one, other = tracker.sides([first, second])
     try:
-        comparison = compare_with_champion(read_measured(first), read_measured(second))
-    except EvaluationError as error:
-        print(f"\nanswers cannot be paired: {error}")
-        return
-    print(f"\nanswers of {first.name} and {second.name}, in pairs: {summary.sentence(comparison)}\n")
-    show(subjects_table(comparison))
+        measured = [read_measured(home / "releases" / name) for name in (first, second)]
+        answers = compare_with_champion(measured[0], measured[1])
+    except LightshipError as error:
+        return contrast(one, other, not_paired=str(error))
+    return contrast(one, other, answers)
