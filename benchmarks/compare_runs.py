@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lightship.contrast import CURVES
-from lightship.eval.throughput import describe_machine
+from lightship.eval.machine import describe_machine
 from lightship.files import write_json, write_text
 from lightship.tracking import EXPERIMENT, Tracker
 from tests.eval.many_releases import finish_release
@@ -146,8 +146,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}`, {result['date']}, {result['machine']}, load average "
         f"{result['load_average']} before it began.\n\n"
         "The releases are fabricated, and tracked by the code that tracks real ones. "
-        f"A run has {result['metrics_a_run']} metrics,\n{result['curves_a_run']} of them curves. SQLite holds them, one "
-        "worker serves them. Seconds, of three times each; of a page, from\nits address until what it is for can be "
+        f"A run has {result['metrics_a_run']} metrics,\n{result['curves_a_run']} of them curves. SQLite holds them, "
+        "one worker serves them. Seconds, of three times each; of a page, from\nits address until what it is for can be "
         "read.\n\n"
         f"| what | median | longest |\n| --- | --- | --- |\n{rows}\n"
     )
