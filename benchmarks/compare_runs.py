@@ -147,8 +147,8 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"{result['load_average']} before it began.\n\n"
         "The releases are fabricated, and tracked by the code that tracks real ones. "
         f"A run has {result['metrics_a_run']} metrics,\n{result['curves_a_run']} of them curves. SQLite holds them, "
-        "one worker serves them. Seconds, of three times each; of a page, from\nits address until what it is for can be "
-        "read.\n\n"
+        "one worker serves them. Seconds, of three times each; of a page, from\nits address until what it is for can "
+        "be read.\n\n"
         f"| what | median | longest |\n| --- | --- | --- |\n{rows}\n"
     )
 
