@@ -124,7 +124,7 @@ class Tracker:
         Raises:
             LightshipError: a release has no run.
         """
-        runs = self._all_runs() if release_ids is None else [self._run(release_id) for release_id in release_ids]
+        runs = self._all_runs() if release_ids is None else [self.find_run(release_id) for release_id in release_ids]
         models = {run.data.tags.get(MODEL_TAG) for run in runs} - {None}
         champions = {self.champion_release(model) for model in models}
         return [
@@ -139,7 +139,12 @@ class Tracker:
             for run in runs
         ]
 
-    def _run(self, release_id: str) -> Any:
+    def find_run(self, release_id: str) -> Any:
+        """The run of a release.
+
+        Raises:
+            LightshipError: it has none.
+        """
         found = self.client.search_runs([self.experiment_id], f"tags.`{RELEASE_TAG}` = '{release_id}'", max_results=2)
         if len(found) != 1:
             raise LightshipError(f"MLflow at {self.uri} has {len(found)} runs of release {release_id}, not one")
