@@ -22,7 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lightship.eval.throughput import describe_machine
+from lightship.contrast import CURVES
+from lightship.eval.machine import describe_machine
 from lightship.files import write_json, write_text
 from lightship.tracking import EXPERIMENT, Tracker
 from tests.eval.many_releases import finish_release
@@ -45,12 +46,14 @@ def main() -> None:
         home = chosen.home or Path(scratch)
         ids = release_many(home, chosen.releases)
         waits = wait_for_commands(home, ids) + wait_for_server(home, Path(scratch), len(ids), chosen.browser_python)
+        counts = count_metrics(home)
     result = {
         "command": COMMAND,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
         "load_average": round(busy, 1),
         "releases": len(ids),
+        **counts,
         "waits": waits,
     }
     write_json(ROOT / "benchmarks" / "compare_runs.json", result)
@@ -65,6 +68,13 @@ def release_many(home: Path, count: int) -> list[str]:
         finish_release(home, tracker, number, questions=200, promote=number == 0) for number in range(len(there), count)
     ]
     return sorted(there + made)
+
+
+def count_metrics(home: Path) -> dict[str, int]:
+    tracker = Tracker.connect(home)
+    (run,) = tracker.client.search_runs([tracker.experiment_id], max_results=1)
+    curves = sum(name.startswith(CURVES) for name in run.data.metrics)
+    return {"metrics_a_run": len(run.data.metrics), "curves_a_run": curves}
 
 
 def wait_for_commands(home: Path, ids: list[str]) -> list[dict[str, Any]]:
@@ -135,9 +145,10 @@ def as_markdown(result: dict[str, Any]) -> str:
         f"# Waiting with {result['releases']} releases\n\n"
         f"`{result['command']}`, {result['date']}, {result['machine']}, load average "
         f"{result['load_average']} before it began.\n\n"
-        f"The releases are fabricated, by the code that tracks real ones. A run has about 110 metrics, 40 of them "
-        "curves. SQLite holds them, one worker serves them. Seconds, of three times each; of a page, from its address "
-        "until what it is for can be read.\n\n"
+        "The releases are fabricated, and tracked by the code that tracks real ones. "
+        f"A run has {result['metrics_a_run']} metrics,\n{result['curves_a_run']} of them curves. SQLite holds them, "
+        "one worker serves them. Seconds, of three times each; of a page, from\nits address until what it is for can "
+        "be read.\n\n"
         f"| what | median | longest |\n| --- | --- | --- |\n{rows}\n"
     )
 

@@ -1,5 +1,6 @@
 """What MLflow is told, on a SQLite file and on a real server."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,6 +149,9 @@ def test_a_release_can_be_traced_compared_and_found_in_mlflow(tracker: Tracker, 
         assert measured[name] == run.data.metrics[name]
     assert not any(name.startswith(("source/", "by_")) for name in measured)
     assert model.params["quantization.method"] == "gptq"
+    on = {metric.key: metric.dataset_name for metric in model.metrics}
+    assert (on["accuracy"], on["fidelity/kl"]) == ("lightship_demo", "heldout-text")
+    assert json.loads(model.tags["mlflow.modelVersions"])[0]["name"] == "lightship-demo", "its page shows its versions"
 
     version = tracker.client.search_model_versions(f"run_id = '{run.info.run_id}'")[0]
     assert version.tags["lightship.verdict"] == run.data.tags["lightship.verdict"]

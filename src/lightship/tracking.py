@@ -33,11 +33,20 @@ MODEL_TAG = "lightship.model"
 MANIFEST_TAG = "lightship.manifest_digest"
 KIND_TAG = "mlflow.experimentKind"
 """Without it, MLflow's pages show the experiment as one about prompts and traces."""
+NOTE_TAG = "mlflow.note.content"
+"""What MLflow's pages show as description."""
 VERDICT_TAG = "lightship.verdict"
 PROMOTED_TAG = "lightship.promoted"
 CHALLENGER = "challenger"
-MODEL_STAGES = ("accuracy", "agreement", "comparison", "fidelity", "throughput")
-"""Stages that measure the quantized model: their metrics are the logged model's too."""
+MODEL_STAGES = {
+    "accuracy": "evaluation",
+    "agreement": "evaluation",
+    "comparison": "evaluation",
+    "fidelity": "fidelity",
+    "throughput": "fidelity",
+}
+"""Stages that measure the quantized model -> the context of the dataset on which: their metrics are the logged model's
+too."""
 MOST_METRICS = 1000
 """That MLflow takes in one request."""
 
@@ -115,7 +124,7 @@ class Tracker:
         Raises:
             LightshipError: a release has no run.
         """
-        runs = self._all_runs() if release_ids is None else [self._run(release_id) for release_id in release_ids]
+        runs = self._all_runs() if release_ids is None else [self.find_run(release_id) for release_id in release_ids]
         models = {run.data.tags.get(MODEL_TAG) for run in runs} - {None}
         champions = {self.champion_release(model) for model in models}
         return [
@@ -130,7 +139,12 @@ class Tracker:
             for run in runs
         ]
 
-    def _run(self, release_id: str) -> Any:
+    def find_run(self, release_id: str) -> Any:
+        """The run of a release.
+
+        Raises:
+            LightshipError: it has none.
+        """
         found = self.client.search_runs([self.experiment_id], f"tags.`{RELEASE_TAG}` = '{release_id}'", max_results=2)
         if len(found) != 1:
             raise LightshipError(f"MLflow at {self.uri} has {len(found)} runs of release {release_id}, not one")
@@ -179,6 +193,9 @@ class Tracker:
         version = self.client.create_model_version(
             model, source=logged.model_uri, run_id=run_id, tags=tags, model_id=logged.model_id
         )
+        # MLflow's page of a logged model reads its versions here; its own fluent registration writes the same.
+        versions = json.dumps([{"name": model, "version": version.version}])
+        self.client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": versions})
         self.client.set_registered_model_alias(model, CHALLENGER, version.version)
         return str(version.version)
 
@@ -240,6 +257,15 @@ class Tracker:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A logged model's id, and the dataset on which it was measured."""
+
+    model: str | None
+    dataset_name: str | None
+    dataset_digest: str | None
+
+
+@dataclass(frozen=True)
 class ReleaseRun:
     """One release's run."""
 
@@ -252,18 +278,24 @@ class ReleaseRun:
         parameters: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
         curves: Mapping[str, Mapping[int, float]] | None = None,
-        model: str | None = None,
+        measured: "Measured | None" = None,
     ) -> None:
         """Log parameters, metrics and curves; a parameter that is logged already must have the same value.
 
         Args:
             curves: metric -> step -> value. Numbers that are not finite are left out.
-            model: id of a logged model whose metrics, but not curves, these are too.
+            measured: the logged model whose metrics, but not curves, these are too.
         """
         from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
-        points = [Metric(k, float(v), now, 0, model_id=model) for k, v in (metrics or {}).items()]
+        of = measured or Measured(None, None, None)
+        points = [
+            Metric(
+                k, float(v), now, 0, model_id=of.model, dataset_name=of.dataset_name, dataset_digest=of.dataset_digest
+            )
+            for k, v in (metrics or {}).items()
+        ]
         points += [Metric(k, float(v), now, step) for k, values in (curves or {}).items() for step, v in values.items()]
         points = [point for point in points if math.isfinite(point.value)]
         client = self.tracker.client
@@ -309,7 +341,7 @@ class ReleaseRun:
         self.log(
             metrics={prefix + k: v for k, v in summary.metrics(stage.record).items()},
             curves=summary.curves(stage.record),
-            model=self._model_id() if stage.name in MODEL_STAGES else None,
+            measured=self._measured(MODEL_STAGES[stage.name]) if stage.name in MODEL_STAGES else None,
         )
         self.log_file(directory / f"{stage.name}.json")
         self.tag(tag, f"{stage.seconds:.1f} s")
@@ -321,10 +353,10 @@ class ReleaseRun:
         headline = f"{verdict.decision}: {', '.join(not_met) or f'all {len(verdict.rules)} rules'}"
         why = "\n".join([headline, "", *(f"- {r.rule}: {r.explanation}" for r in verdict.rules)])
         self.tag(VERDICT_TAG, verdict.decision)
-        self.tag("mlflow.note.content", why)
+        self.tag(NOTE_TAG, why)
         model = self._model_id()
         if model is not None:
-            client.set_logged_model_tags(model, {VERDICT_TAG: verdict.decision})
+            client.set_logged_model_tags(model, {VERDICT_TAG: verdict.decision, NOTE_TAG: why})
         for version in client.search_model_versions(f"run_id = '{self.run_id}'"):
             client.set_model_version_tag(version.name, version.version, VERDICT_TAG, verdict.decision)
             client.update_model_version(version.name, version.version, why)
@@ -333,6 +365,14 @@ class ReleaseRun:
         """Of the logged model that this run made; None before it is registered."""
         outputs = self.tracker.client.get_run(self.run_id).outputs
         return outputs.model_outputs[0].model_id if outputs and outputs.model_outputs else None
+
+    def _measured(self, context: str) -> "Measured":
+        """The logged model on the run's dataset of this context."""
+        inputs = self.tracker.client.get_run(self.run_id).inputs
+        for used in inputs.dataset_inputs if inputs else []:
+            if any(tag.value == context for tag in used.tags):
+                return Measured(self._model_id(), used.dataset.name, used.dataset.digest)
+        return Measured(self._model_id(), None, None)
 
     def __enter__(self) -> "ReleaseRun":
         return self

@@ -129,7 +129,7 @@ def test_mlflow_has_one_run_with_metrics_artifacts_and_both_aliases(
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     tracker = Tracker.connect(place / "home")
     assert tracker.champion_release("tiny") == released[0].name
-    (run,) = tracker.runs([released[0].name])
+    run = tracker.find_run(released[0].name)
     assert run.info.status == "FINISHED"
     assert run.data.params["quantization.method"] == "mse"
     assert {"accuracy", "source/accuracy", "agreement/same_text", "fidelity/kl", "size/experts_shrink"} <= set(
