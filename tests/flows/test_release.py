@@ -186,7 +186,7 @@ def test_a_changed_recipe_is_another_release_that_goes_on_after_a_kill_and_fails
     compared = lightship("compare", released[0].name[:6], other.name[:6])
     assert compared.returncode == 0, compared.stderr
     assert "quantization.method" in compared.stdout
-    assert f"answers of {released[0].name} and {other.name}, in pairs: " in compared.stdout
+    assert "answers in pairs: A" in compared.stdout
     promoted = lightship("promote", released[0].name[:6])
     assert promoted.returncode == 0, promoted.stderr
     assert "became champion" in promoted.stdout
