@@ -22,7 +22,7 @@ help:
 	@echo "make clean   remove the environment, builds and caches; releases in $(HOME_DIR) stay"
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	@echo "==> setting up $(VENV): about two minutes on a fresh machine"
+	@echo "==> setting up $(VENV): about three minutes on a fresh machine"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "    torch"
 	@$(BIN)/python -m pip install -qq $(PIP_ARGS) -c constraints.txt torch
