@@ -4,11 +4,15 @@
 
 Accuracy needs thousands of questions to see a small loss; the KL divergence sees it in a few thousand tokens, because
 every token is a measurement. It says how far apart the models are, not which one is better.
+
+Where the models part is seen by layer: each layer's output goes through the final norm and the head (the logit lens),
+and what the two models would predict from there is compared.
 """
 
 import math
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,47 +73,67 @@ def measure_fidelities(
     ]
 
 
-def _sums_of_scene(reference: Any, models: Sequence[Any], batches: "Iterable[torch.Tensor]") -> "list[torch.Tensor]":
-    """Per model, float64 [5]: tokens, KL, same top token, source's and quantized model's negative log-likelihood."""
+@dataclass
+class _Sums:
+    """Of one model over a scene's tokens, float64."""
+
+    tokens: int = 0
+    kl_by_layer: "torch.Tensor | None" = None
+    agree: float = 0.0
+    nll_source: float = 0.0
+    nll_quantized: float = 0.0
+
+
+def _sums_of_scene(reference: Any, models: Sequence[Any], batches: "Iterable[torch.Tensor]") -> list[_Sums]:
+    """Per model."""
     import torch
 
-    sums = [torch.zeros(5, dtype=torch.float64) for _ in models]
+    sums = [_Sums() for _ in models]
     for ids_BS in batches:
         next_B1S = ids_BS[:, 1:, None]
-        source_BSV = _log_probabilities(reference, ids_BS)
-        for total, model in zip(sums, models, strict=True):
-            quantized_BSV = _log_probabilities(model, ids_BS)
-            kl_BS = (source_BSV.exp() * (source_BSV - quantized_BSV)).sum(dim=-1)
-            agree_BS = source_BSV.argmax(dim=-1) == quantized_BSV.argmax(dim=-1)
-            total += torch.stack(
-                [
-                    torch.tensor(next_B1S.numel(), dtype=torch.float64),
-                    kl_BS.double().sum(),
-                    agree_BS.double().sum(),
-                    -source_BSV.gather(-1, next_B1S).double().sum(),
-                    -quantized_BSV.gather(-1, next_B1S).double().sum(),
-                ]
-            )
+        states = [_states(model, ids_BS) for model in (reference, *models)]
+        kl_ML = torch.zeros(len(models), len(states[0]), dtype=torch.float64)
+        for layer in range(len(states[0])):
+            source_BSV = _log_probabilities(reference, states[0][layer])
+            for m, model in enumerate(models):
+                quantized_BSV = _log_probabilities(model, states[m + 1][layer])
+                kl_ML[m, layer] = (source_BSV.exp() * (source_BSV - quantized_BSV)).sum(dim=-1).double().sum()
+                if layer == len(states[0]) - 1:
+                    agree_BS = source_BSV.argmax(dim=-1) == quantized_BSV.argmax(dim=-1)
+                    sums[m].agree += float(agree_BS.double().sum())
+                    sums[m].nll_source -= float(source_BSV.gather(-1, next_B1S).double().sum())
+                    sums[m].nll_quantized -= float(quantized_BSV.gather(-1, next_B1S).double().sum())
+        for total, kl_L in zip(sums, kl_ML, strict=True):
+            total.tokens += next_B1S.numel()
+            total.kl_by_layer = kl_L if total.kl_by_layer is None else total.kl_by_layer + kl_L
     return sums
 
 
-def _log_probabilities(model: Any, ids_BS: "torch.Tensor") -> "torch.Tensor":
-    """Of every token that has a successor in the text, fp32 [B, S - 1, V]."""
-    logits_BSV: torch.Tensor = model(ids_BS, use_cache=False).logits
-    return logits_BSV[:, :-1].float().log_softmax(dim=-1)
+def _states(model: Any, ids_BS: "torch.Tensor") -> "list[torch.Tensor]":
+    """What each layer leaves of every token that has a successor in the text, normed: [B, S - 1, H] a layer."""
+    _, *states, last_BSH = model.model(ids_BS, use_cache=False, output_hidden_states=True).hidden_states
+    return [x_BSH[:, :-1] for x_BSH in (*map(model.model.norm, states), last_BSH)]
 
 
-def _scene(scene: str, quantized: Path, sums: "torch.Tensor") -> SceneFidelity:
-    tokens, kl, agree, nll_source, nll_quantized = sums.tolist()
-    if not math.isfinite(kl + nll_source + nll_quantized):
+def _log_probabilities(model: Any, x_BSH: "torch.Tensor") -> "torch.Tensor":
+    """Of the next token, fp32 [B, S, V]."""
+    logits_BSV: torch.Tensor = model.lm_head(x_BSH)
+    return logits_BSV.float().log_softmax(dim=-1)
+
+
+def _scene(scene: str, quantized: Path, sums: _Sums) -> SceneFidelity:
+    assert sums.kl_by_layer is not None
+    kl_by_layer = [max(0.0, kl / sums.tokens) for kl in sums.kl_by_layer.tolist()]
+    if not math.isfinite(sum(kl_by_layer) + sums.nll_source + sums.nll_quantized):
         raise EvaluationError(
             f"{quantized} or its source gives non-finite probabilities on scene {scene!r}; run `lightship verify`"
         )
     return SceneFidelity(
         scene=scene,
-        tokens=int(tokens),
-        kl=max(0.0, kl / tokens),
-        top1_agreement=agree / tokens,
-        perplexity_source=math.exp(nll_source / tokens),
-        perplexity_quantized=math.exp(nll_quantized / tokens),
+        tokens=sums.tokens,
+        kl=kl_by_layer[-1],
+        top1_agreement=sums.agree / sums.tokens,
+        perplexity_source=math.exp(sums.nll_source / sums.tokens),
+        perplexity_quantized=math.exp(sums.nll_quantized / sums.tokens),
+        kl_by_layer=kl_by_layer,
     )

@@ -5,6 +5,7 @@ Colours are classes of `report_style`, so they follow the reader's light or dark
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from itertools import groupby
 
 from lightship.eval import drawing as draw
@@ -167,6 +168,35 @@ def kl_by_scene(fidelity: Fidelity, width: int = WIDTH) -> str:
         marks.append(draw.text(x_of(scene.kl) + 8, y + row / 2 + 4, said, "strong"))
     marks.append(draw.text((left + right) / 2, bottom + 38, "KL(source ‖ quantized), nats a token", anchor="middle"))
     return draw.svg(bottom + 46, marks, "KL divergence by scene", width)
+
+
+KL_LEVELS = 6
+"""Colours of the divergence by layer."""
+
+
+def kl_by_layer(fidelity: Fidelity, width: int = WIDTH) -> str:
+    """Heat map, a row a scene and a column a layer: mean KL a token of what the layer's output predicts."""
+    scenes = fidelity.scenes
+    layers = len(scenes[0].kl_by_layer)
+    left, top, row = LABELS if width == WIDTH else 96, 34, 26
+    column = (width - left - 10) / layers
+    edges = draw.round_ticks(max(max(max(s.kl_by_layer) for s in scenes), 1e-6))
+    step = edges[-1] / KL_LEVELS
+    levels = [(f"h{i + 1}", f"≤ {draw.significant(step * (i + 1))}") for i in range(KL_LEVELS)]
+    marks = [draw.legend(levels, 14, x=left, step=(width - left) / KL_LEVELS)]
+    for y, scene in enumerate(scenes):
+        marks.append(draw.text(left - 12, top + row * (y + 0.5) + 4, scene.scene, anchor="end"))
+        for x, kl in enumerate(scene.kl_by_layer):
+            level = min(KL_LEVELS, 1 + int(kl / step))
+            cell = draw.rect(left + column * x, top + row * y, column - min(1, column / 5), row - 1, f"h{level}")
+            marks.append(f"<g><title>{escape(scene.scene)}, layer {x}: {kl:.4f} nats</title>{cell}</g>")
+    bottom = top + row * len(scenes)
+    tick = max(1, 2 ** math.ceil(math.log2(max(1, layers / (width // 52)))))
+    marks += [
+        draw.text(left + column * (x + 0.5), bottom + 16, str(x), anchor="middle") for x in range(0, layers, tick)
+    ]
+    marks.append(draw.text(left + column * layers / 2, bottom + 36, "layer", anchor="middle"))
+    return draw.svg(bottom + 44, marks, "KL divergence by layer and scene", width)
 
 
 def against_load(title: str, throughput: Throughput, measure: str, percentiles: Sequence[str] = ()) -> str:

@@ -6,7 +6,7 @@ from lightship.eval import plots
 from lightship.eval.drawing import NARROW
 from lightship.eval.report_data import ReportData
 from lightship.eval.report_parts import figure, percent, points
-from lightship.records import AnsweredQuestion, Comparison
+from lightship.records import AnsweredQuestion, Comparison, Fidelity
 
 MOST_LOST = 10
 """Lost questions shown in full."""
@@ -41,6 +41,21 @@ def same_model(release: ReportData) -> str:
             "often both find the same token likeliest.",
             plots.kl_by_scene(release.fidelity, NARROW),
         )
+        + _by_layer(release.fidelity)
+    )
+
+
+def _by_layer(fidelity: Fidelity) -> str:
+    """Empty of a release that was measured before layers were."""
+    if not fidelity.kl_by_layer:
+        return ""
+    return figure(
+        "Where the models part",
+        plots.kl_by_layer(fidelity),
+        "Each layer's output goes through the model's final norm and head, and what the two models would predict from "
+        "there is compared: KL(source ‖ quantized), nats a token. The last column is the divergence above; layers "
+        "before it predict little by themselves, so a leap says more than a value.",
+        plots.kl_by_layer(fidelity, NARROW),
     )
 
 

@@ -453,6 +453,8 @@ class SceneFidelity(Record, frozen=True, kw_only=True):
     top1_agreement: float
     perplexity_source: float
     perplexity_quantized: float
+    kl_by_layer: list[float] = []
+    """The same of what each layer's output predicts through the final norm and head; the last is `kl`."""
 
 
 class Fidelity(Record, frozen=True, kw_only=True):
@@ -473,6 +475,13 @@ class Fidelity(Record, frozen=True, kw_only=True):
     @property
     def top1_agreement(self) -> float:
         return sum(s.top1_agreement * s.tokens for s in self.scenes) / sum(s.tokens for s in self.scenes)
+
+    @property
+    def kl_by_layer(self) -> list[float]:
+        """Mean over all tokens, of each layer; empty if it was not measured."""
+        tokens = sum(s.tokens for s in self.scenes)
+        by_layer = zip(*(s.kl_by_layer for s in self.scenes), strict=True)
+        return [sum(kl * s.tokens for kl, s in zip(of, self.scenes, strict=True)) / tokens for of in by_layer]
 
 
 class Percentiles(Record, frozen=True, kw_only=True):

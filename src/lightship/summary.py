@@ -249,6 +249,11 @@ def _(fidelity: Fidelity) -> dict[str, float]:
     return {"fidelity/kl": fidelity.kl, "fidelity/top1_agreement": fidelity.top1_agreement, **by_scene}
 
 
+@curves.register
+def _(fidelity: Fidelity) -> dict[str, dict[int, float]]:
+    return _series(("by_layer/kl", layer, kl) for layer, kl in enumerate(fidelity.kl_by_layer))
+
+
 @sentence.register
 def _(throughput: Throughput) -> str:
     ratios = (f"{throughput.ratio(c):.2f}x at concurrency {c}" for c in throughput.concurrencies)

@@ -305,7 +305,7 @@ def print_release(directory: Path) -> None:
         f"accuracy, {comparison.questions} questions",
         f"{comparison.source_accuracy:.1%}",
         f"{comparison.quantized_accuracy:.1%}",
-        f"{-100 * comparison.loss:+.1f} points "
+        f"{100 * (comparison.quantized_accuracy - comparison.source_accuracy):+.1f} points "
         f"(95 %: {-100 * comparison.loss_high:+.1f} to {-100 * comparison.loss_low:+.1f})",
     )
     table.add_row("the same answer, the same text", "", "", f"{agreement.same_answer:.1%}, {agreement.same_text:.1%}")

@@ -93,6 +93,7 @@ def fidelity(kl: float = 0.012) -> Fidelity:
         SceneFidelity(
             scene=scene, tokens=4088, kl=kl * factor, top1_agreement=0.97 - 0.02 * factor,
             perplexity_source=4.1 * factor, perplexity_quantized=4.15 * factor,
+            kl_by_layer=[kl * factor * (layer + 1) / 9 for layer in range(9)],
         )
         for scene, factor in (("code", 0.6), ("english prose", 1.3), ("questions", 1.0), ("chinese", 1.6))
     ]  # fmt: skip

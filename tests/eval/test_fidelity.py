@@ -39,6 +39,27 @@ def test_the_measures_are_those_of_a_direct_computation(fp8: Path, w4afp8: Path,
     assert [scene.perplexity_source, scene.perplexity_quantized] == pytest.approx([math.exp(x) for x in nll], rel=1e-5)
 
 
+def test_each_layer_is_compared_by_what_its_output_would_predict(
+    fp8: Path, w4afp8: Path, held_out: FidelityText
+) -> None:
+    scene = measure_fidelity(fp8, w4afp8, held_out).scenes[0]
+    sequences = torch.stack(read_sequences(held_out.sources[0], load_tokenizer(fp8), 640, 64))
+    left: dict[str, torch.Tensor] = {}
+    for path in (fp8, w4afp8):
+        model = load_causal_lm(path)
+        first = model.model.layers[0]
+        first.register_forward_hook(lambda *given, path=path: left.update({path.name: given[-1]}))
+        with torch.inference_mode():
+            model(sequences)
+            x = left[path.name]
+            x = x[0] if isinstance(x, tuple) else x
+            left[path.name] = model.lm_head(model.model.norm(x))[:, :-1].double().log_softmax(-1)
+    p, q = left[fp8.name], left[w4afp8.name]
+    assert scene.kl_by_layer[0] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-2, abs=1e-6)
+    assert len(scene.kl_by_layer) == len(model.model.layers)
+    assert scene.kl_by_layer[-1] == scene.kl
+
+
 def test_batches_do_not_change_the_result(
     fp8: Path, w4afp8: Path, held_out: FidelityText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,8 +73,8 @@ def test_several_models_are_compared_in_one_pass_over_the_source(
 ) -> None:
     alone = measure_fidelity(fp8, w4afp8, held_out)
     reads: list[object] = []
-    direct = fidelity._log_probabilities
-    monkeypatch.setattr(fidelity, "_log_probabilities", lambda model, ids: reads.append(model) or direct(model, ids))
+    direct = fidelity._states
+    monkeypatch.setattr(fidelity, "_states", lambda model, ids: reads.append(model) or direct(model, ids))
     identical, quantized = measure_fidelities(fp8, [fp8, w4afp8], held_out)
     assert identical.kl == 0.0
     assert quantized.scenes == alone.scenes

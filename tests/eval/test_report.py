@@ -58,7 +58,7 @@ def test_the_report_is_well_formed_and_shows_every_rule_figure_and_identity(tmp_
     assert parser.open == []
     data = release()
     assert HEADLINES[data.verdict.decision] in page
-    assert page.count("<figure>") == 7
+    assert page.count("<figure>") == 8
     for said in (data.release_id, data.source_digest, data.quantized.manifest_digest, *data.next_commands):
         assert said in page
     for rule in data.verdict.rules:
