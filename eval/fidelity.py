@@ -12,7 +12,7 @@ and what the two models would predict from there is compared.
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +75,10 @@ def measure_fidelities(
 
 @dataclass
 class _Sums:
-    """Of one model over a scene's tokens, float64."""
+    """Of one model over a scene's tokens."""
 
     tokens: int = 0
-    kl_by_layer: "torch.Tensor | None" = None
+    kl_by_layer: dict[int, float] = field(default_factory=dict)
     agree: float = 0.0
     nll_source: float = 0.0
     nll_quantized: float = 0.0
@@ -86,26 +86,23 @@ class _Sums:
 
 def _sums_of_scene(reference: Any, models: Sequence[Any], batches: "Iterable[torch.Tensor]") -> list[_Sums]:
     """Per model."""
-    import torch
-
     sums = [_Sums() for _ in models]
     for ids_BS in batches:
         next_B1S = ids_BS[:, 1:, None]
         states = [_states(model, ids_BS) for model in (reference, *models)]
-        kl_ML = torch.zeros(len(models), len(states[0]), dtype=torch.float64)
-        for layer in range(len(states[0])):
+        layers = len(states[0])
+        for layer in range(layers):
             source_BSV = _log_probabilities(reference, states[0][layer])
-            for m, model in enumerate(models):
-                quantized_BSV = _log_probabilities(model, states[m + 1][layer])
-                kl_ML[m, layer] = (source_BSV.exp() * (source_BSV - quantized_BSV)).sum(dim=-1).double().sum()
-                if layer == len(states[0]) - 1:
+            for total, model, of_model in zip(sums, models, states[1:], strict=True):
+                quantized_BSV = _log_probabilities(model, of_model[layer])
+                kl = float((source_BSV.exp() * (source_BSV - quantized_BSV)).sum(dim=-1).double().sum())
+                total.kl_by_layer[layer] = total.kl_by_layer.get(layer, 0.0) + kl
+                if layer == layers - 1:
                     agree_BS = source_BSV.argmax(dim=-1) == quantized_BSV.argmax(dim=-1)
-                    sums[m].agree += float(agree_BS.double().sum())
-                    sums[m].nll_source -= float(source_BSV.gather(-1, next_B1S).double().sum())
-                    sums[m].nll_quantized -= float(quantized_BSV.gather(-1, next_B1S).double().sum())
-        for total, kl_L in zip(sums, kl_ML, strict=True):
-            total.tokens += next_B1S.numel()
-            total.kl_by_layer = kl_L if total.kl_by_layer is None else total.kl_by_layer + kl_L
+                    total.tokens += next_B1S.numel()
+                    total.agree += float(agree_BS.double().sum())
+                    total.nll_source -= float(source_BSV.gather(-1, next_B1S).double().sum())
+                    total.nll_quantized -= float(quantized_BSV.gather(-1, next_B1S).double().sum())
     return sums
 
 
@@ -122,12 +119,11 @@ def _log_probabilities(model: Any, x_BSH: "torch.Tensor") -> "torch.Tensor":
 
 
 def _scene(scene: str, quantized: Path, sums: _Sums) -> SceneFidelity:
-    assert sums.kl_by_layer is not None
-    kl_by_layer = [max(0.0, kl / sums.tokens) for kl in sums.kl_by_layer.tolist()]
-    if not math.isfinite(sum(kl_by_layer) + sums.nll_source + sums.nll_quantized):
+    if not math.isfinite(sum(sums.kl_by_layer.values()) + sums.nll_source + sums.nll_quantized):
         raise EvaluationError(
             f"{quantized} or its source gives non-finite probabilities on scene {scene!r}; run `lightship verify`"
         )
+    kl_by_layer = [max(0.0, kl / sums.tokens) for kl in sums.kl_by_layer.values()]
     return SceneFidelity(
         scene=scene,
         tokens=sums.tokens,

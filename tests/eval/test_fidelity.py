@@ -92,3 +92,16 @@ def test_a_model_that_gives_no_probabilities_is_named(
     monkeypatch.setattr("lightship.causal_lm.load_causal_lm", broken)
     with pytest.raises(EvaluationError, match="tiny or its source gives non-finite probabilities on scene 'prose'"):
         measure_fidelity(fp8, fp8, held_out)
+
+
+def test_a_layer_whose_output_predicts_nothing_finite_is_an_error_even_if_the_last_does(
+    fp8: Path, held_out: FidelityText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_first(model: object, ids: torch.Tensor) -> list[torch.Tensor]:
+        first, *others = states(model, ids)
+        return [torch.full_like(first, math.nan), *others]
+
+    states = fidelity._states
+    monkeypatch.setattr(fidelity, "_states", without_first)
+    with pytest.raises(EvaluationError, match="non-finite probabilities on scene 'prose'"):
+        measure_fidelity(fp8, fp8, held_out)
