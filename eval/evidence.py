@@ -48,23 +48,24 @@ def read_evidence(directory: Path) -> ReportData:
     ]
     if verdict.decision == "pass" and not (directory / "promoted.json").is_file():
         next_commands.append(f"lightship promote {release.release_id} --home {directory.parent.parent}")
+    measured = read_measured(directory)
     return ReportData(
         release_id=release.release_id,
         model=release.recipe.model,
         recipe=release.recipe_path,
         source=release.source,
         source_digest=release.identity.source,
-        plan=read_json(directory / "plan.json", Plan),
-        calibration=read_json(directory / "calibration.json", Calibration),
+        plan=measured.plan,
+        calibration=measured.calibration,
         quantized=read_json(directory / "quantized.json", Quantized),
-        verification=read_json(directory / "verification.json", Verification),
+        verification=measured.verification,
         staged=staged,
-        source_accuracy=read_json(directory / "source-accuracy.json", Accuracy),
-        quantized_accuracy=read_json(directory / "accuracy.json", Accuracy),
+        source_accuracy=measured.source,
+        quantized_accuracy=measured.quantized,
         agreement=read_json(directory / "agreement.json", Agreement),
-        comparison=read_json(directory / "comparison.json", Comparison),
-        fidelity=read_json(directory / "fidelity.json", Fidelity),
-        throughput=read_json(directory / "throughput.json", Throughput),
+        comparison=measured.comparison,
+        fidelity=measured.fidelity,
+        throughput=measured.throughput,
         verdict=verdict,
         versions=release.versions,
         next_commands=next_commands,
